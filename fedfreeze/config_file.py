@@ -1,0 +1,198 @@
+"""Reads a configuration: shipped name or YAML file, then dotted overrides; every mistake is one line."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from fedfreeze.config import RESUME_MAY_DIFFER, Config
+from fedfreeze.errors import ConfigError, one_line
+
+_SECTIONS = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
+_TOP_LEVEL = [field.name for field in fields(Config)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def shipped_experiments() -> dict[str, Path]:
+    """Return the experiments that come with the package, by bare name."""
+    folder = Path(str(resources.files("fedfreeze") / "experiments"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """Read `source` (a path or the bare name of a shipped experiment) and apply overrides (`section.field=value`).
+
+    Raises ConfigError, on one line, for anything that is not exactly a configuration.
+    """
+    values = _read_yaml(_find(source))
+    values.setdefault("name", Path(source).stem)
+    for override in overrides:
+        _apply_override(values, override)
+    return make_config(values)
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """Check plain values against the schema and the rules between keys. Raises ConfigError."""
+    _check_known_keys(values)
+    try:
+        config = TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    _check_rules(config)
+    return config
+
+
+def config_values(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain nested values, as `config.yaml` holds them."""
+    return asdict(config)
+
+
+def config_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Name the first key that makes `new` another run than `old`; None where a resume is allowed."""
+    for section in sorted(set(old) | set(new)):
+        if section in RESUME_MAY_DIFFER:
+            continue
+        before, after = old.get(section), new.get(section)
+        if isinstance(before, dict) and isinstance(after, dict):
+            for key in sorted(set(before) | set(after)):
+                if before.get(key) != after.get(key):
+                    return f"{section}.{key} was {before.get(key)!r} and is now {after.get(key)!r}"
+        elif before != after:
+            return f"{section} was {before!r} and is now {after!r}"
+    return None
+
+
+def _find(source: str) -> Path:
+    shipped = shipped_experiments()
+    if source in shipped:
+        return shipped[source]
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or "/" in source:
+        if not path.is_file():
+            raise ConfigError(f"configuration file {source} does not exist")
+        return path
+    raise ConfigError(
+        f"no shipped experiment is called {source!r}{_nearest(source, shipped)}; shipped: {', '.join(shipped)}; "
+        "a file needs its .yaml ending"
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path} is not YAML: {one_line(error)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} must hold sections (key: value), not {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    text = override.removeprefix("--")
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override; write --section.field=value")
+    section, dot, field = key.partition(".")
+    if dot and section not in _SECTIONS:
+        raise ConfigError(_unknown(section, list(_SECTIONS), "section"))
+    try:
+        value = yaml.load(raw, Loader=_Loader) if raw else ""
+    except (yaml.YAMLError, ValueError):
+        value = raw
+    if not dot:
+        if section in _SECTIONS:
+            raise ConfigError(f"{section} is a section; write --{section}.field=value")
+        # a run may be called 007: names are text however they look
+        values[section] = raw if section == "name" else value
+        return
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise ConfigError(f"{section}: must be a section with keys, not {target!r}")
+    target[field] = value
+
+
+def _check_known_keys(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if key not in _TOP_LEVEL:
+            raise ConfigError(_unknown(str(key), _TOP_LEVEL, "key"))
+        if key in _SECTIONS:
+            if value is None:
+                continue
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key}: must be a section with keys, not {value!r}")
+            known = [field.name for field in fields(_SECTIONS[key])]  # type: ignore[arg-type]
+            for name in value:
+                if name not in known:
+                    raise ConfigError(_unknown(f"{key}.{name}", [f"{key}.{other}" for other in known], "key"))
+    for key in [key for key, value in values.items() if key in _SECTIONS and value is None]:
+        del values[key]  # `train:` with nothing under it means all defaults
+
+
+def _unknown(key: str, known: list[str], what: str) -> str:
+    return f"unknown {what} {key}{_nearest(key, known)}; allowed: {', '.join(known)}"
+
+
+def _nearest(key: str, known: Any) -> str:
+    matches = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    # a union (number | list | text) reports each member; the key itself is what the user knows
+    key = ".".join(str(part) for part in first["loc"][:2])
+    others = {e["loc"][:2]: e for e in error.errors()}
+    more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+    value = first["input"]
+    if first["type"] == "literal_error":
+        expected = str(first.get("ctx", {}).get("expected", ""))
+        choices = re.findall(r"'([^']*)'", expected)
+        return f"{key}: {value!r} is not allowed{_nearest(str(value), choices)}; allowed: {', '.join(choices)}{more}"
+    message = first["msg"]
+    if len({e["type"] for e in error.errors() if e["loc"][:2] == first["loc"][:2]}) > 1:
+        message = " or ".join(e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2])
+    return f"{key}: {value!r}: {one_line(Exception(message))}{more}"
+
+
+def _check_rules(config: Config) -> None:
+    """Rules between keys; what depends on data, memory or the machine is checked where it is known."""
+    if config.train.participants > config.fleet.devices:
+        raise ConfigError(
+            f"train.participants: {config.train.participants} is more than fleet.devices ({config.fleet.devices}); "
+            "lower the one or raise the other"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        raise ConfigError(f"name: {config.name!r} must be letters, digits, '.', '_' and '-', for it names a folder")
+    pace = config.pace
+    if pace.max_rounds is not None and pace.max_rounds < pace.min_rounds:
+        raise ConfigError(f"pace.max_rounds: {pace.max_rounds} is less than pace.min_rounds ({pace.min_rounds})")

@@ -1,0 +1,1 @@
+"""Data: sources, the decoded memory-mapped store, partitions over devices, and batches."""

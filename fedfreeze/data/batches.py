@@ -1,0 +1,63 @@
+"""A device's batches: shuffled, augmented and normalised as whole tensors, never a sample at a time."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from fedfreeze.data.store import Data, Split, normalise
+
+
+def training_batches(
+    data: Data,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    epochs: int,
+    augment: str,
+    shuffle: torch.Generator,
+    augmentation: torch.Generator,
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield normalised images (batch, channels, height, width) and labels (batch,) of one device's samples.
+
+    The last batch of an epoch may be smaller; a last batch of a single sample is dropped, because batch normalisation
+    cannot learn from it. Random draws are made on the CPU, so they do not depend on where the training runs.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(data.train.images[rows])).to(device)
+    labels = torch.from_numpy(data.train.labels[rows]).to(device)
+    for _ in range(epochs):
+        order = torch.randperm(len(rows), generator=shuffle)
+        for chosen in order.split(batch_size):
+            if len(chosen) == 1 and len(rows) > 1:
+                continue
+            chosen = chosen.to(device)
+            images = augment_batch(pixels[chosen], augment, augmentation)
+            yield normalise(images, data.mean, data.std), labels[chosen]
+
+
+def augment_batch(images: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
+    """Augment uint8 images (batch, channels, height, width): random crops out of a zero padding, horizontal flips."""
+    if augment == "none":
+        return images
+    batch, _, height, width = images.shape
+    if augment == "crop_flip":
+        padding = max(1, height // 8)
+        padded = functional.pad(images, (padding,) * 4)
+        top, left = torch.randint(0, 2 * padding + 1, (2, batch), generator=generator).to(images.device)
+        rows = (top[:, None] + torch.arange(height, device=images.device))[:, None, :, None]
+        columns = (left[:, None] + torch.arange(width, device=images.device))[:, None, None, :]
+        each = torch.arange(batch, device=images.device)[:, None, None, None]
+        channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+        images = padded[each, channels, rows, columns]
+    flip = (torch.rand(batch, generator=generator) < 0.5).to(images.device)
+    return torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+
+def evaluation_batch(
+    data: Data, split: Split, start: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normalised samples `start` to `start + size` of a split."""
+    pixels = torch.from_numpy(np.ascontiguousarray(split.images[start : start + size])).to(device)
+    return normalise(pixels, data.mean, data.std), torch.from_numpy(split.labels[start : start + size]).to(device)

@@ -1,0 +1,151 @@
+"""The decoded data: one memory-mapped uint8 file a split, written once a node, whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedfreeze.config import DataConfig
+from fedfreeze.data.sources import Sample, fingerprint_key, make_source
+from fedfreeze.errors import DataError, storage_error
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: `images` uint8 (samples, channels, height, width), memory-mapped; `labels` int64 (samples,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A decoded data set; `mean` and `std` are of the training images, a channel, in [0, 1]."""
+
+    train: Split
+    test: Split
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Return the folder of decoded data: `data.cache_dir`, else the user's cache folder."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfreeze"
+
+
+def prepare(config: DataConfig) -> Path:
+    """Decode the data if no process did before, and return the folder of the store.
+
+    Written under a temporary name and renamed, so that two processes cannot spoil each other's work and a kill leaves
+    nothing half-written under the final name. Raises DataError, StorageError.
+    """
+    source = make_source(config)
+    final = cache_folder(config) / f"v{VERSION}-{fingerprint_key(source)}"
+    if (final / "meta.json").is_file():
+        return final
+    temporary = None
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
+        _write_store(source.splits(), temporary)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not (final / "meta.json").is_file():  # lost the race against another process: its store serves
+                raise
+    except OSError as error:
+        raise storage_error("write decoded data to", final.parent, error) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def open_store(folder: Path) -> Data:
+    """Open a prepared store; images stay on disk and are mapped. Raises DataError if it was tampered with."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        shape = tuple(meta["image_shape"])
+        splits = {}
+        for name in ("train", "test"):
+            labels = np.load(folder / f"{name}.labels.npy")
+            images = np.memmap(folder / f"{name}.images.u8", np.uint8, mode="r", shape=(len(labels), *shape))
+            splits[name] = Split(images, labels)
+        return Data(splits["train"], splits["test"], meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"decoded data in {folder} is damaged ({error}); delete that folder and run again") from None
+
+
+def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """Turn uint8 (batch, channels, height, width) into float32 of zero mean and unit variance a channel."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
+    return images.float().mul_(scale).sub_(shift)
+
+
+def _write_store(streams: dict[str, Iterator[Sample]], folder: Path) -> None:
+    shape: tuple[int, ...] | None = None
+    labels: dict[str, np.ndarray] = {}
+    total = square = np.zeros(0)
+    for name, stream in streams.items():
+        found: list[int] = []
+        with open(folder / f"{name}.images.u8", "wb") as file:
+            for image, label in stream:
+                if shape is None:
+                    shape = image.shape
+                    total, square = np.zeros(shape[0]), np.zeros(shape[0])
+                if image.shape != shape:
+                    raise DataError(
+                        f"split {name}, row {len(found) + 1}: image of {image.shape}, the first has {shape} "
+                        "(channels, height, width); all must be of one size"
+                    )
+                if label < 0:
+                    raise DataError(f"split {name}, row {len(found) + 1}: label {label} is negative (a missing label?)")
+                if name == "train":
+                    pixels = image.reshape(shape[0], -1).astype(np.float64)
+                    total += pixels.sum(1)
+                    square += (pixels**2).sum(1)
+                file.write(image.tobytes())
+                found.append(label)
+        if not found:
+            raise DataError(f"split {name} holds no samples")
+        labels[name] = np.array(found, dtype=np.int64)
+        np.save(folder / f"{name}.labels.npy", labels[name])
+    assert shape is not None
+    num_classes = int(labels["train"].max()) + 1
+    if num_classes < 2:
+        raise DataError("split train holds a single class; at least two are needed")
+    if labels["test"].max() >= num_classes:
+        raise DataError(
+            f"split test has label {labels['test'].max()}, split train only 0 to {num_classes - 1}; check the splits"
+        )
+    count = len(labels["train"]) * shape[1] * shape[2]
+    mean = total / count
+    std = np.sqrt(np.maximum(square / count - mean**2, 1.0))  # at least one grey level: a constant channel stays finite
+    meta = {
+        "image_shape": list(shape),
+        "num_classes": num_classes,
+        "mean": (mean / 255).tolist(),
+        "std": (std / 255).tolist(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))

@@ -1,0 +1,105 @@
+"""The emulated devices and their memory caps, from a distribution, a list or a CSV file."""
+
+import csv
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedfreeze.config import FleetConfig
+from fedfreeze.errors import ConfigError
+from fedfreeze.seeds import numpy_generator
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The devices 0 ... n-1; `memory_cap_bytes[i]` is device i's cap, None where caps are not enforced."""
+
+    memory_cap_bytes: tuple[int | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.memory_cap_bytes)
+
+    def eligible(self, memory_bytes: int) -> list[int]:
+        """Return the devices whose cap holds `memory_bytes`."""
+        return [i for i, cap in enumerate(self.memory_cap_bytes) if cap is None or cap >= memory_bytes]
+
+
+def make_fleet(config: FleetConfig, seed: int) -> Fleet:
+    """Draw or read the caps. Raises ConfigError."""
+    caps_mib = _caps_mib(config, seed)
+    for device, cap in enumerate(caps_mib):
+        if not (math.isfinite(cap) and cap > 0):
+            raise ConfigError(f"fleet.memory_cap_mib: device {device} has {cap} MiB; a cap must be more than 0")
+    caps = tuple(int(cap * MIB) if config.enforce else None for cap in caps_mib)
+    return Fleet(caps)
+
+
+def _caps_mib(config: FleetConfig, seed: int) -> list[float]:
+    spec = config.memory_cap_mib
+    if isinstance(spec, (int, float)):
+        return [float(spec)] * config.devices
+    if isinstance(spec, list):
+        if not spec:
+            raise ConfigError("fleet.memory_cap_mib: the list is empty; give at least one cap in MiB")
+        return [spec[i % len(spec)] for i in range(config.devices)]
+    if spec.endswith(".csv"):
+        return _read_csv(Path(spec), config.devices)
+    match = re.fullmatch(r"\s*(\w+)\s*\(([^()]*)\)\s*", spec)
+    if not match or match[1] not in DISTRIBUTIONS:
+        raise ConfigError(
+            f"fleet.memory_cap_mib: {spec!r} is not a cap; allowed: a number, a list of numbers, "
+            "uniform(low, high), loguniform(low, high), normal(mean, sd), or a .csv file"
+        )
+    try:
+        first, second = (float(number) for number in match[2].split(","))
+    except ValueError:
+        raise ConfigError(f"fleet.memory_cap_mib: {spec!r} needs two numbers, as in {match[1]}(100, 900)") from None
+    if not (0 < first < math.inf and 0 <= second < math.inf) or (match[1] != "normal" and second < first):
+        raise ConfigError(f"fleet.memory_cap_mib: {spec!r} needs 0 < first and, for a range, low <= high")
+    draws = DISTRIBUTIONS[match[1]](numpy_generator(seed, "memory caps"), first, second, config.devices)
+    return [float(draw) for draw in draws]
+
+
+def _normal(generator: np.random.Generator, mean: float, sd: float, count: int) -> np.ndarray:
+    """Normal, cut off at a tenth of the mean: a device without memory is no device."""
+    return np.maximum(generator.normal(mean, sd, count), mean / 10)
+
+
+DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, float, float, int], np.ndarray]] = {
+    "uniform": lambda generator, low, high, count: generator.uniform(low, high, count),
+    "loguniform": lambda generator, low, high, count: np.exp(generator.uniform(math.log(low), math.log(high), count)),
+    "normal": _normal,
+}
+
+
+def _read_csv(path: Path, devices: int) -> list[float]:
+    """Read the columns `device` (0 ... devices-1, each once) and `memory_cap_mib`."""
+    where = f"fleet.memory_cap_mib: {path}"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
+    caps: dict[int, float] = {}
+    for line, row in enumerate(rows, start=2):
+        for column in ("device", "memory_cap_mib"):
+            if row.get(column) is None:
+                raise ConfigError(f"{where}: line {line} has no {column}; the first line must name the columns")
+        try:
+            device, cap = int(row["device"]), float(row["memory_cap_mib"])
+        except ValueError:
+            raise ConfigError(f"{where}: line {line} is not a device number and a cap in MiB") from None
+        if device in caps:
+            raise ConfigError(f"{where}: line {line} gives device {device} a second time")
+        caps[device] = cap
+    missing = [device for device in range(devices) if device not in caps]
+    if missing or len(caps) > devices:
+        found = f"device {missing[0]} is missing" if missing else f"it lists {len(caps)} devices"
+        raise ConfigError(f"{where}: {found}; fleet.devices is {devices}, numbered 0 to {devices - 1}")
+    return [caps[device] for device in range(devices)]
