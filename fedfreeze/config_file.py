@@ -1,6 +1,7 @@
 """Reads a configuration: shipped name or YAML file, then dotted overrides; every mistake is one line."""
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -61,7 +62,8 @@ def make_config(values: dict[str, Any]) -> Config:
     """Check plain values against the schema and the rules between keys. Raises ConfigError."""
     _check_known_keys(values)
     try:
-        config = TypeAdapter(Config).validate_python(values)
+        # as JSON: there, strict still takes a mapping for a section and a whole number for a float
+        config = TypeAdapter(Config).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
     _check_rules(config)

@@ -1,0 +1,100 @@
+"""What a stage costs a device, before anything is trained: memory, FLOPs, bytes, by running it on fake tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedfreeze.blocks import BlockedNetwork, Shape, build_network
+from fedfreeze.cap import count_peak
+from fedfreeze.config import Config
+from fedfreeze.methods import full_model_stage, make_method
+from fedfreeze.stage import LocalTrainer, Stage
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """The cost of one stage (or of the full model) for one device."""
+
+    name: str
+    """The blocks that train."""
+    memory_bytes: int
+    """Peak of live tensor bytes in one training step: weights, gradients, momentum, activations, batch."""
+    step_flops: int
+    """Floating-point operations of one training step, frozen forward included (torch's counter: 2 a multiply-add)."""
+    frozen_flops: int
+    """Of these, the forward pass of the frozen prefix."""
+    trained_elements: int
+    """Floats that train or are averaged: active block + output module. What one all-reduce carries."""
+    active_parameters: int
+    """Parameters of the active block alone."""
+    frozen_elements: int
+    """Floats of the frozen prefix, sent down once to a device that lacks them."""
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes that a device sends a round, fp32."""
+        return self.trained_elements * FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The stages of the configured method, and the full model at the same batch for comparison."""
+
+    stages: tuple[StageCost, ...]
+    full: StageCost
+
+
+def measure_costs(config: Config, image_shape: Shape, num_classes: int) -> Costs:
+    """Predict the cost of every stage and of the full model; nothing is allocated and nothing is trained."""
+    with FakeTensorMode():
+        blocked = build_network(config.model, image_shape, num_classes, config.seed)
+        method = make_method(config, blocked)
+        cpu = torch.device("cpu")
+        stages = []
+        for index in range(method.num_stages):
+            stage = method.enter_stage(index, cpu)
+            stages.append(_stage_cost(config, method.stage_names[index], stage, image_shape))
+            method.leave_stage(stage)
+        full = _full_cost(config, blocked, image_shape)
+    return Costs(tuple(stages), full)
+
+
+def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: Shape) -> StageCost:
+    stage = full_model_stage(blocked, torch.device("cpu"))
+    return _stage_cost(config, "full model", stage, image_shape)
+
+
+def _stage_cost(config: Config, name: str, stage: Stage, image_shape: Shape) -> StageCost:
+    batch = config.train.batch_size
+    trainer = LocalTrainer(stage, config.train)
+    images = torch.zeros(batch, *image_shape)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    memory = count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+    step_flops = _flops(lambda: trainer.step(images, labels))
+    frozen_flops = _flops(lambda: _frozen_forward(stage, images)) if len(stage.frozen) else 0
+    return StageCost(
+        name=name,
+        memory_bytes=memory,
+        step_flops=step_flops,
+        frozen_flops=frozen_flops,
+        trained_elements=len(stage.flat),
+        active_parameters=stage.flat.active_parameters,
+        frozen_elements=stage.frozen_elements,
+    )
+
+
+def _frozen_forward(stage: Stage, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        for block in stage.frozen:
+            images = block(images)
+
+
+def _flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()

@@ -1,0 +1,116 @@
+"""Which launcher started this process, and who it is among the ranks; `--nproc N` starts local ranks itself."""
+
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+
+from fedfreeze.errors import ConfigError, ExitCode
+
+# How long surviving local ranks may take to notice a dead one and leave by themselves.
+_GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is among the ranks."""
+
+    launcher: str
+    """none | nproc | torchrun."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    init_method: str = "env://"
+    """How torch.distributed finds the other ranks."""
+
+
+def detect_launch(environment: Mapping[str, str]) -> Launch:
+    """Read who this process is from what its launcher set. Raises ConfigError where that cannot be right."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = {"rank": "RANK", "world_size": "WORLD_SIZE"}
+        names |= {"local_rank": "LOCAL_RANK", "local_world_size": "LOCAL_WORLD_SIZE"}
+        values = {}
+        for field, name in names.items():
+            try:
+                values[field] = int(environment[name])
+            except (KeyError, ValueError):
+                raise ConfigError(
+                    f"RANK is set but {name} is {environment.get(name)!r}; start the ranks with torchrun or --nproc"
+                ) from None
+        return Launch("torchrun", **values)
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1:
+        raise ConfigError(
+            f"srun started {tasks} tasks that would not know of each other; start one task a node and torchrun in it"
+        )
+    return Launch("none")
+
+
+def run_local_ranks(world_size: int, rank_main: Callable[[Launch], int]) -> int:
+    """Start `world_size` ranks on this machine, wait for them, and return the exit code of the first that failed.
+
+    Ranks are forked from this process, which has imported torch already but started no thread and no CUDA context; so
+    their start costs milliseconds instead of an import each. They die with their parent, however it dies.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedfreeze-") as folder:
+        init_method = f"file://{folder}/store"
+        fork = get_context("fork")
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ranks: list[BaseProcess] = []
+        for rank in range(world_size):
+            launch = Launch("nproc", rank, world_size, rank, world_size, init_method)
+            process = fork.Process(target=_local_rank, args=(launch, rank_main, parent), name=f"rank{rank}")
+            process.start()
+            ranks.append(process)
+        return _wait(ranks)
+
+
+def _local_rank(launch: Launch, rank_main: Callable[[Launch], int], parent: int) -> None:
+    die_with_parent(parent)
+    code = rank_main(launch)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not through the parent's exit handlers, which are not this process's to run
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies (Linux), so that no rank outlives its launcher."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request was made
+        os._exit(ExitCode.RANK_LOST)
+
+
+def _wait(ranks: list[BaseProcess]) -> int:
+    code: int | None = None
+    deadline = None
+    interrupted = False
+    while any(rank.is_alive() for rank in ranks):
+        try:
+            for rank in ranks:
+                rank.join(timeout=0.02)
+        except KeyboardInterrupt:
+            interrupted = True  # the ranks got the signal too and are leaving; give them the grace period
+            deadline = deadline or time.monotonic() + _GRACE_S
+        failed = [rank.exitcode for rank in ranks if rank.exitcode]
+        if failed and deadline is None:
+            deadline = time.monotonic() + _GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+    failed = [rank.exitcode for rank in ranks if rank.exitcode]
+    if interrupted:
+        return ExitCode.INTERRUPTED
+    # a rank that was killed, or the one whose error made the others lose it, says more than those who lost it
+    told = [exitcode for exitcode in failed if exitcode != ExitCode.RANK_LOST]
+    code = (told or failed or [0])[0]
+    return ExitCode.RANK_LOST if code < 0 else code

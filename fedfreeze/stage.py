@@ -1,0 +1,103 @@
+"""What a device trains in one stage: frozen prefix, active block, output module."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedfreeze.config import TrainConfig
+from fedfreeze.flat import FlatPart
+
+
+class Stage(nn.Module):
+    """The network of a stage. [paper: block-wise training with an output module]
+
+    Frozen blocks run without gradients and in eval mode: with gradients merely switched off, their running statistics
+    would drift and their activations would still be stored.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        frozen: Sequence[nn.Module],
+        active: nn.Module,
+        output_module: nn.Module,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.index = index
+        self.frozen = _on(nn.ModuleList(frozen), device).requires_grad_(False)
+        self.active = _on(active, device)
+        self.output_module = _on(output_module, device)
+        self.flat = FlatPart(self.active, self.output_module, device)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Stage":
+        """Set the training mode of active block and output module; the frozen prefix stays in eval mode."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images (batch, channels, height, width) to logits (batch, classes)."""
+        with torch.no_grad():
+            for block in self.frozen:
+                images = block(images)
+        return self.output_module(self.active(images))
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Return what a device holds between steps: all parameters and buffers of the stage."""
+        return [*self.parameters(), *self.buffers()]
+
+    @property
+    def frozen_elements(self) -> int:
+        """Number of float elements of the frozen prefix."""
+        tensors = [*self.frozen.parameters(), *self.frozen.buffers()]
+        return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+
+
+def _on(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module if it is elsewhere; `Module.to` fails on fake tensors even where there is nothing to move."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return module if all(tensor.device == device for tensor in tensors) else module.to(device)
+
+
+class LocalTrainer:
+    """SGD on a stage, built once a stage and used by every device in turn."""
+
+    def __init__(self, stage: Stage, config: TrainConfig):
+        self.stage = stage
+        self.momentum = torch.zeros(stage.flat.parameters if config.momentum else 0, device=stage.flat.buffer.device)
+        slices = stage.flat.views(self.momentum) if config.momentum else {}
+        self.optimizer = torch.optim.SGD(
+            [p for p in stage.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,  # one pass and no temporaries: on a device, memory is what we are short of
+        )
+        for parameter, view in slices.items():
+            self.optimizer.state[parameter]["momentum_buffer"] = view
+
+    def begin(self, values: torch.Tensor, learning_rate: float) -> None:
+        """Start a device: load the global values, forget the momentum of the device before."""
+        self.stage.train()
+        self.stage.flat.load(values)
+        self.momentum.zero_()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take one SGD step and return the mean loss of the batch, still on the device."""
+        loss = functional.cross_entropy(self.stage(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        # at the end, not before the next step: gradients must not be held through the next frozen forward
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Return what a device holds between steps."""
+        return [*self.stage.held_tensors(), self.momentum]
