@@ -1,0 +1,19 @@
+"""fedfreeze: federated learning under enforced memory caps, emulated on PyTorch distributed."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__version__ = "0.1.0"
+
+
+def load_model(run_dir: str) -> "nn.Module":
+    """Return the trained network of a finished run, in eval mode.
+
+    Its attribute `normalisation` holds the mean and std a channel with which images in [0, 1] must be normalised.
+    Raises FedfreezeError if the run is not finished.
+    """
+    from fedfreeze.deploy import load_model as load
+
+    return load(run_dir)

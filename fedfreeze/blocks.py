@@ -1,5 +1,6 @@
 """The network cut into consecutive blocks, and the output modules that imitate the missing ones."""
 
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def cut_network(network: nn.Sequential, split: list[str], image_shape: Shape, nu
     head_start = _head_start(children)
     starts = [i for i, (name, _) in enumerate(children) if name in split] + [head_start]
     blocks, names = [], []
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+    for begin, end in itertools.pairwise(starts):
         blocks.append(nn.Sequential(OrderedDict(children[begin:end])))
         names.append("+".join(name for name, child in children[begin:end] if any(True for _ in child.parameters())))
     shapes = []

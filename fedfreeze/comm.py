@@ -94,6 +94,22 @@ class Ranks:
         if self.world_size > 1:
             self._run("broadcast", lambda: dist.broadcast(tensor, 0))
 
+    def decide(self, action: Callable[[], Any]) -> Any:
+        """Collective: every rank must call this. Run an action on rank 0 and return its result (JSON) on every rank.
+
+        Raises rank 0's FedfreezeError on every rank, so that all leave with the same exit code.
+        """
+        message: dict[str, Any] = {}
+        if self.is_root:
+            try:
+                message = {"result": action()}
+            except FedfreezeError as error:
+                message = {"error": [int(error.exit_code), one_line(error)]}
+        message = self.share(message)
+        if "error" in message:
+            raise error_of(*message["error"])
+        return message["result"]
+
     def together(self, action: Callable[[], T]) -> T:
         """Collective: every rank must call this. Run an action on every rank; if any fails by a user's mistake, all do.
 
@@ -115,8 +131,7 @@ class Ranks:
             first = self.together(action)
         else:
             self.together(lambda: None)
-        later = self.together(lambda: first if self.local_rank == 0 else action())
-        return later
+        return self.together(lambda: first if self.local_rank == 0 else action())
 
     def close(self) -> None:
         """Collective: every rank must call this. Leave the group."""

@@ -156,7 +156,7 @@ class Coordinator:
             setattr(self, name, state[name])
         self.ran_out = set(state["ran_out"])
         self.trained = set(state["trained"])
-        self.frozen_held = {device: held for device, held in state["frozen_held"]}
+        self.frozen_held = dict(state["frozen_held"])
         self.pace.load_state_dict(state["pace"])
         self.selector.load_state_dict(state["selector"])
 

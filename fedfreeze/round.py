@@ -1,6 +1,7 @@
 """One federated round: the heart of fedfreeze, on one screen."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,9 +29,7 @@ def run_round(
 ) -> RoundResult:
     """Collective: every rank must call this. One federated round of the current stage; rank 0 has the coordinator."""
     # participant selector: rank 0 decides, everyone knows
-    plan = RoundPlan.from_json(
-        ranks.share(ranks.together(lambda: coordinator.plan_round().to_json() if coordinator else None))
-    )
+    plan = RoundPlan.from_json(ranks.decide(lambda: plan_of(coordinator)))
     # local training: each device in turn under its own memory cap; one that fails adds nothing
     update = emulator.empty_update(plan)
     mine = [emulator.train(assignment, plan, update) for assignment in plan.devices_of(ranks.rank)]
@@ -43,15 +42,32 @@ def run_round(
     change = emulator.apply(update, weight_sum)
 
     # pace controller: block perturbation over the active block, then the verdict
-    judged = None
-    if coordinator is not None:
-        active = change[: emulator.stage.flat.active_parameters]
-        moved = weight_sum > 0  # a round in which every device failed says nothing about convergence
-        perturbation = window.push(plan.round, active.cpu().numpy()) if moved else None
-        judged = coordinator.judge(reports, perturbation).to_json()
-    verdict = Verdict(**ranks.share(judged))
+    verdict = Verdict(**ranks.decide(lambda: judge(coordinator, window, emulator, plan, reports, change)))
     accuracy = evaluate(ranks, emulator) if verdict.evaluate else None
     return RoundResult(plan, reports, verdict, accuracy, sum(len(tensor) for tensor in update.tensors()))
+
+
+def plan_of(coordinator: Coordinator | None) -> dict[str, Any]:
+    """Return the next plan as plain values; runs on rank 0 alone."""
+    assert coordinator is not None
+    return coordinator.plan_round().to_json()
+
+
+def judge(
+    coordinator: Coordinator | None,
+    window: PerturbationWindow,
+    emulator: Emulator,
+    plan: RoundPlan,
+    reports: tuple[DeviceReport, ...],
+    change: torch.Tensor,
+) -> dict[str, Any]:
+    """Measure block perturbation and return the verdict as plain values; runs on rank 0 alone."""
+    assert coordinator is not None
+    perturbation = None
+    if any(report.failed is None for report in reports):  # a round in which all failed says nothing of convergence
+        active = change[: emulator.stage.flat.active_parameters]
+        perturbation = window.push(plan.round, active.cpu().numpy().copy())
+    return coordinator.judge(reports, perturbation).to_json()
 
 
 def gather_reports(ranks: Ranks, mine: list[DeviceReport]) -> tuple[DeviceReport, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch._dynamo  # noqa: F401  torch imports it at the first optimizer step: 2 s; here, forked ranks share it
 from torch import nn
 from torch.nn import functional
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fedfreeze.aggregate import UPDATE_LIMIT, UpdateSum, usable
-from fedfreeze.cap import MIB, DeviceOutOfMemoryError, make_cap
+from fedfreeze.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
 from fedfreeze.config import Config
 from fedfreeze.data.batches import evaluation_batch, training_batches
 from fedfreeze.data.store import Data
@@ -113,7 +113,7 @@ class Emulator:
             tensor_peak_bytes=memory.tensor_peak_bytes,
         )
 
-    def _step(self, memory, stage: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def _step(self, memory: DeviceMemory, stage: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.cap.step(
             memory,
             (stage, len(images)),
@@ -142,8 +142,3 @@ class Emulator:
                 images, labels = evaluation_batch(self.data, self.data.test, batch * size, size, self.device)
                 correct += (self.stage(images).argmax(1) == labels).sum()
         return int(correct)
-
-
-def reported_peak_mib(report: DeviceReport) -> float:
-    """Return a device's peak as metrics.jsonl holds it."""
-    return report.peak_bytes / MIB

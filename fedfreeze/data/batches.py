@@ -23,18 +23,18 @@ def training_batches(
     """Yield normalised images (batch, channels, height, width) and labels (batch,) of one device's samples.
 
     The last batch of an epoch may be smaller; a last batch of a single sample is dropped, because batch normalisation
-    cannot learn from it. Random draws are made on the CPU, so they do not depend on where the training runs.
+    cannot learn from it. Random draws are made on the CPU, so they do not depend on where the training runs. A device's
+    samples stay on the host, as on the storage of a real device: only the batch is in its memory.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(data.train.images[rows])).to(device)
-    labels = torch.from_numpy(data.train.labels[rows]).to(device)
+    pixels = torch.from_numpy(np.array(data.train.images[rows]))
+    labels = torch.from_numpy(data.train.labels[rows])
     for _ in range(epochs):
         order = torch.randperm(len(rows), generator=shuffle)
         for chosen in order.split(batch_size):
             if len(chosen) == 1 and len(rows) > 1:
                 continue
-            chosen = chosen.to(device)
-            images = augment_batch(pixels[chosen], augment, augmentation)
-            yield normalise(images, data.mean, data.std), labels[chosen]
+            images = augment_batch(pixels[chosen].to(device), augment, augmentation)
+            yield normalise(images, data.mean, data.std), labels[chosen].to(device)
 
 
 def augment_batch(images: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
@@ -59,5 +59,5 @@ def evaluation_batch(
     data: Data, split: Split, start: int, size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the normalised samples `start` to `start + size` of a split."""
-    pixels = torch.from_numpy(np.ascontiguousarray(split.images[start : start + size])).to(device)
+    pixels = torch.from_numpy(np.array(split.images[start : start + size])).to(device)
     return normalise(pixels, data.mean, data.std), torch.from_numpy(split.labels[start : start + size]).to(device)

@@ -20,7 +20,7 @@ class Selector(ABC):
 
     def observe(self, reports: Sequence[DeviceReport]) -> None:
         """Learn from a round; a selector without memory ignores it."""
-        return None
+        return
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -28,4 +28,4 @@ class Selector(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict; a selector without memory has nothing to load."""
-        return None
+        return

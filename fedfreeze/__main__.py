@@ -1,0 +1,7 @@
+"""`python -m fedfreeze`."""
+
+import sys
+
+from fedfreeze.cli import main
+
+sys.exit(main())

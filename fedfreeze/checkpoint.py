@@ -1,0 +1,174 @@
+"""Checkpoints: written whole or not at all, verified when read, safetensors and JSON only."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import load_file, save_file
+
+from fedfreeze.errors import DataError, storage_error
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read back: the method's tensors, plain state, and the window's updates by round."""
+
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    updates: list[tuple[int, np.ndarray]]
+
+
+class CheckpointStore:
+    """The folder `checkpoints/` of a run.
+
+    round-NNNNNN/ holds weights.safetensors and state.json; updates/ holds the update of each round that the
+    perturbation window still needs, each written once however many checkpoints refer to it.
+    """
+
+    def __init__(self, folder: Path, keep: int, notice: Callable[[str], None]):
+        self.folder = folder
+        self.keep = keep
+        self.notice = notice
+        self._update_digests: dict[int, str] = {}
+
+    def save(
+        self,
+        round_number: int,
+        tensors: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        updates: Iterable[tuple[int, np.ndarray]],
+    ) -> None:
+        """Write a checkpoint under a temporary name, then rename it; drop what is no longer needed.
+
+        Raises StorageError.
+        """
+        final = self.folder / f"round-{round_number:06d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        try:
+            (self.folder / "updates").mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            needed = [self._save_update(number, update) for number, update in updates]
+            weights = temporary / "weights.safetensors"
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, weights)
+            content = {
+                "version": VERSION,
+                "round": round_number,
+                "weights_digest": _digest(weights),
+                "updates": needed,
+                "state": state,
+            }
+            text = json.dumps(content, sort_keys=True)
+            with open(temporary / "state.json", "w", encoding="utf-8") as file:
+                file.write(json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
+            for file_name in ("weights.safetensors", "state.json"):
+                _sync(temporary / file_name)
+            shutil.rmtree(final, ignore_errors=True)  # one that was torn, or from rounds that are done again
+            temporary.rename(final)
+            _sync(self.folder)
+            self._drop_old()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise storage_error("write checkpoint", final, as_os_error(error)) from None
+
+    def load_newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint that is whole, saying so where a newer one was torn; None if there is none.
+
+        Raises DataError if there are checkpoints but none can be read, or one is of a newer version.
+        """
+        candidates = self._rounds()[::-1]
+        for folder in candidates:
+            try:
+                return self._load(folder)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                self.notice(f"checkpoint {folder.name} is torn ({str(error)[:120]}); trying the one before")
+        if candidates:
+            raise DataError(
+                f"none of the {len(candidates)} checkpoints in {self.folder} can be read; delete the run folder to "
+                "start anew"
+            )
+        return None
+
+    def _load(self, folder: Path) -> Checkpoint:
+        outer = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if hashlib.sha256(outer["content"].encode()).hexdigest() != outer["digest"]:
+            raise ValueError("state.json does not match its digest")
+        content = json.loads(outer["content"])
+        if content["version"] != VERSION:
+            raise DataError(
+                f"checkpoint {folder} has format {content['version']}, this fedfreeze reads {VERSION}; "
+                "use the version that wrote it"
+            )
+        if _digest(folder / "weights.safetensors") != content["weights_digest"]:
+            raise ValueError("weights.safetensors does not match its digest")
+        updates = []
+        for number, digest in content["updates"]:
+            path = self._update_path(number)
+            if _digest(path) != digest:
+                raise ValueError(f"{path.name} does not match its digest")
+            updates.append((number, load_numpy(path)["update"]))
+        self._update_digests = dict(content["updates"])
+        return Checkpoint(load_file(folder / "weights.safetensors"), content["state"], updates)
+
+    def _save_update(self, number: int, update: np.ndarray) -> tuple[int, str]:
+        if number not in self._update_digests:
+            path = self._update_path(number)
+            temporary = path.with_name(f".{path.name}.tmp")
+            save_numpy({"update": update}, temporary)
+            _sync(temporary)
+            self._update_digests[number] = _digest(temporary)
+            temporary.rename(path)
+        return number, self._update_digests[number]
+
+    def _update_path(self, number: int) -> Path:
+        return self.folder / "updates" / f"round-{number:06d}.safetensors"
+
+    def _rounds(self) -> list[Path]:
+        return sorted(self.folder.glob("round-*"))
+
+    def _drop_old(self) -> None:
+        kept = self._rounds()[-self.keep :]
+        for folder in self._rounds()[: -self.keep]:
+            shutil.rmtree(folder, ignore_errors=True)
+        needed: set[int] = set()
+        for folder in kept:
+            try:
+                outer = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                needed |= {number for number, _ in json.loads(outer["content"])["updates"]}
+            except (OSError, ValueError, KeyError):
+                continue  # torn: it cannot be used, so it needs nothing
+        for path in (self.folder / "updates").glob("round-*.safetensors"):
+            number = int(path.stem.removeprefix("round-"))
+            if number not in needed:
+                path.unlink(missing_ok=True)
+                self._update_digests.pop(number, None)
+
+
+def as_os_error(error: Exception) -> OSError:
+    """Return safetensors' own error of a full disk as the OSError that it is."""
+    return error if isinstance(error, OSError) else OSError(0, str(error))
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

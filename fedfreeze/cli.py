@@ -1,0 +1,145 @@
+"""The command line: `fedfreeze run` and `fedfreeze plan`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import fedfreeze
+from fedfreeze.config import Config
+from fedfreeze.config_file import load_config, shipped_experiments
+from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code. A user's mistake is one line on stderr."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        overrides = _overrides(rest)
+        config = load_config(options.config, overrides)
+        return int(options.command(config, options))
+    except FedfreezeError as error:
+        if _speaks_for_all():
+            print(f"fedfreeze: error: {one_line(error)}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:  # `fedfreeze plan | head`
+        sys.stderr.close()
+        return int(ExitCode.DONE)
+
+
+def _run(config: Config, options: argparse.Namespace) -> int:
+    from fedfreeze.experiment import run_rank
+    from fedfreeze.launcher import detect_launch, run_local_ranks
+
+    launch = detect_launch(os.environ)
+    run_dir = Path(options.run_dir or Path("runs") / config.name)
+    if options.nproc > 1:
+        if launch.launcher != "none":
+            raise ConfigError(
+                f"--nproc {options.nproc} under {launch.launcher}, which starts the ranks itself; drop it"
+            )
+        return run_local_ranks(options.nproc, lambda local: run_rank(config, run_dir, local))
+    return run_rank(config, run_dir, launch)
+
+
+def _plan(config: Config, options: argparse.Namespace) -> int:
+    from fedfreeze.plan import plan
+
+    plan(config, as_json=options.json)
+    return ExitCode.DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fedfreeze",
+        description="Federated learning under enforced memory caps: a model trained and frozen block by block.",
+        epilog=exit_code_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fedfreeze {fedfreeze.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    shipped = f"a YAML file or a shipped experiment ({', '.join(shipped_experiments())})"
+
+    run = commands.add_parser(
+        "run",
+        help="train (or go on, or say that it is done)",
+        description="Train under any launcher or none. A run folder with checkpoints goes on where it was.",
+        epilog=f"{_config_help()}\n\n{exit_code_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    run.add_argument("config", metavar="CONFIG", help=shipped)
+    run.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
+    run.add_argument(
+        "--nproc", type=_positive, default=1, metavar="N", help="start N ranks on this machine (default 1)"
+    )
+    run.set_defaults(command=_run)
+
+    plan = commands.add_parser(
+        "plan",
+        help="what each stage needs and which devices can join; nothing is trained",
+        epilog=f"{_config_help()}\n\n{exit_code_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plan.add_argument("config", metavar="CONFIG", help=shipped)
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.set_defaults(command=_plan)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code and one-line errors."""
+
+    def error(self, message: str) -> Any:
+        if _speaks_for_all():
+            print(f"fedfreeze: error: {message}; see {self.prog} --help", file=sys.stderr, flush=True)
+        sys.exit(ExitCode.BAD_CONFIG)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _overrides(rest: Sequence[str]) -> list[str]:
+    """Take `--a.b=c` and `--a.b c` from what argparse does not know. Raises ConfigError for anything else."""
+    found: list[str] = []
+    items = iter(rest)
+    for item in items:
+        if not item.startswith("--") or item == "--":
+            raise ConfigError(f"unexpected argument {item!r}; overrides are written --section.field=value")
+        if "=" not in item:
+            value = next(items, None)
+            if value is None:
+                raise ConfigError(f"{item} needs a value, as in {item}=VALUE")
+            item = f"{item}={value}"
+        found.append(item)
+    return found
+
+
+def _speaks_for_all() -> bool:
+    """Under a launcher every rank meets the same mistake; rank 0 tells it, once."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _config_help() -> str:
+    """Return every key with its default and description, from the dataclasses themselves."""
+    lines = ["configuration keys (--section.field=value; defaults shown, a shipped experiment sets its own):"]
+    described = Config.__pydantic_fields__  # type: ignore[attr-defined]
+    for field in fields(Config):
+        info = described[field.name]
+        if not is_dataclass(field.type):
+            lines.append(f"  --{field.name}={info.default}\n      {one_line(Exception(info.description or ''))}")
+            continue
+        for name, inner in field.type.__pydantic_fields__.items():  # type: ignore[union-attr]
+            text = one_line(Exception(inner.description or "")).replace("%", "%%")
+            lines.append(f"  --{field.name}.{name}={inner.default}\n      {text}")
+    return "\n".join(lines)

@@ -1,0 +1,221 @@
+"""The program of one rank: set up, resume, rounds, stage changes, end."""
+
+import socket
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from fedfreeze.blocks import build_network
+from fedfreeze.checkpoint import Checkpoint, CheckpointStore, as_os_error
+from fedfreeze.comm import Ranks
+from fedfreeze.config import Config
+from fedfreeze.coordinator import Coordinator
+from fedfreeze.cost import measure_costs
+from fedfreeze.data.partition import partition
+from fedfreeze.data.store import Data, open_store, prepare
+from fedfreeze.errors import ExitCode, FedfreezeError, UnavailableError, storage_error
+from fedfreeze.fleet import make_fleet
+from fedfreeze.launcher import Launch
+from fedfreeze.methods import make_method
+from fedfreeze.pace import PerturbationWindow
+from fedfreeze.report import Reporter
+from fedfreeze.round import RoundResult, run_round
+from fedfreeze.run_folder import RunFolder
+from fedfreeze.summary import History
+from fedfreeze.train import Emulator
+
+
+def run_rank(config: Config, run_dir: Path, launch: Launch) -> int:
+    """Run an experiment as one of its ranks, to the end; return the exit code. Errors are told once, by rank 0."""
+    reporter = Reporter(quiet=launch.rank != 0)
+    try:
+        return _run(config, run_dir, launch, reporter)
+    except FedfreezeError as error:
+        reporter.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        reporter.notice("interrupted; the last checkpoint stands, run again to go on")
+        return ExitCode.INTERRUPTED
+    except Exception:
+        reporter.crash(f"rank {launch.rank} on {socket.gethostname()}:\n{traceback.format_exc()}")
+        return ExitCode.INTERNAL
+    finally:
+        reporter.close()
+
+
+def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> int:
+    # set before anything computes: the bits depend on it, and launchers set it to all sorts of values
+    torch.set_num_threads(config.train.threads_per_rank)
+    device = choose_device(config, launch)
+    ranks = Ranks(launch, device, config.comm.timeout_s)
+    folder = RunFolder(run_dir)
+    history = None
+    try:
+        if ranks.decide(lambda: _open_folder(folder, config, reporter)):
+            return ExitCode.DONE
+        history = History(config, folder, launch, ranks) if ranks.is_root else None
+        code = Experiment(config, folder, ranks, device, reporter, history).run()
+        ranks.close()
+        return code
+    except BaseException as error:
+        if history is not None:
+            history.failed(error)
+        raise
+    finally:
+        folder.close()
+
+
+def choose_device(config: Config, launch: Launch) -> torch.device:
+    """Return where this rank computes. Raises UnavailableError if CUDA is asked for and missing."""
+    wanted = config.train.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UnavailableError("train.device is cuda, but torch finds no CUDA device here; use train.device=cpu")
+    device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    # a peak must not depend on which algorithm was timed fastest, nor a result on atomics
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    return device
+
+
+def _open_folder(folder: RunFolder, config: Config, reporter: Reporter) -> bool:
+    """Lock the folder; tell whether the run in it is finished already."""
+    for notice in folder.open(config):
+        reporter.notice(notice)
+    summary = folder.read_summary()
+    if summary is not None and summary.get("status") == "finished":
+        reporter.notice(f"{folder.path} is finished already (accuracy {summary.get('final_accuracy')})")
+        return True
+    return False
+
+
+class Experiment:
+    """One run on this rank; every rank holds the same global model, rank 0 also the coordinator."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        ranks: Ranks,
+        device: torch.device,
+        reporter: Reporter,
+        history: History | None,
+    ):
+        self.config = config
+        self.folder = folder
+        self.ranks = ranks
+        self.reporter = reporter
+        self.history = history
+        self.data: Data = open_store(ranks.first_on_node(lambda: prepare(config.data)))
+        parts = partition(self.data.train.labels, config.fleet.devices, config.data, config.seed)
+        fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
+        blocked = build_network(config.model, self.data.image_shape, self.data.num_classes, config.seed)
+        self.method = make_method(config, blocked)
+        self.emulator = Emulator(config, self.data, parts, self.method, device)
+        self.window = PerturbationWindow(config.pace.window)
+        self.checkpoints = CheckpointStore(folder.path / "checkpoints", config.checkpoint.keep, reporter.notice)
+        self.coordinator: Coordinator | None = None
+
+        def think() -> None:
+            costs = measure_costs(config, self.data.image_shape, self.data.num_classes)
+            self.coordinator = Coordinator(config, fleet, [len(part) for part in parts], costs, ranks.world_size)
+
+        ranks.decide(think)
+
+    def run(self) -> int:
+        """Collective: every rank must call this. Train to the end and return the exit code."""
+        stage = self._resume()
+        self.emulator.enter_stage(stage)
+        while True:
+            started = time.monotonic()
+            result = run_round(self.ranks, self.coordinator, self.window, self.emulator)
+            # rank 0 writes; if it cannot, every rank leaves with the same error
+            self.ranks.decide(lambda result=result, started=started: self._record(result, started))
+            verdict = result.verdict
+            if verdict.end_stage is not None:
+                self.emulator.leave_stage()
+                if not verdict.stop:
+                    stage += 1
+                    self.method.begin_stage(stage)
+                    self.window.clear()
+                    self.emulator.enter_stage(stage)
+            self.ranks.decide(lambda verdict=verdict: self._checkpoint() if verdict.checkpoint else None)
+            if verdict.stop:
+                break
+        self.ranks.decide(lambda: self._finish(stage))
+        return ExitCode.DONE
+
+    def _resume(self) -> int:
+        """Collective: every rank must call this. Load the newest checkpoint, if any; give all ranks rank 0's weights."""
+        stage = self.ranks.decide(self._load_checkpoint)
+        for tensor in self.method.state_dict().values():
+            host = tensor.detach().contiguous()
+            self.ranks.broadcast(host)
+            tensor.copy_(host)
+        return stage
+
+    def _load_checkpoint(self) -> int:
+        assert self.coordinator is not None
+        assert self.history is not None
+        found = self.checkpoints.load_newest()
+        self.folder.cut_metrics(found.state["metrics_bytes"] if found else 0)
+        if found is not None:
+            self._restore(found)
+        self.history.run_start(self.coordinator, self.data)
+        self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
+        return self.coordinator.stage
+
+    def _restore(self, found: Checkpoint) -> None:
+        assert self.coordinator is not None
+        assert self.history is not None
+        for name, tensor in self.method.state_dict().items():
+            tensor.copy_(found.tensors[name])
+        self.coordinator.load_state_dict(found.state["coordinator"])
+        self.history.load_state_dict(found.state["history"])
+        for number, update in found.updates:
+            self.window.updates.append((number, update))
+
+    def _record(self, result: RoundResult, started: float) -> None:
+        assert self.coordinator is not None
+        assert self.history is not None
+        wall_s = time.monotonic() - started
+        record = self.history.round_end(self.coordinator, result, wall_s)
+        self.reporter.round_end(record)
+        if result.verdict.end_stage is not None:
+            stage_record = self.history.stage_end(self.coordinator, result.verdict.end_stage)
+            self.reporter.stage_end(stage_record)
+            if not result.verdict.stop:
+                self.coordinator.advance()
+
+    def _checkpoint(self) -> None:
+        assert self.coordinator is not None
+        assert self.history is not None
+        if hasattr(self.emulator, "stage"):
+            self.emulator.stage.flat.load(self.emulator.values)
+        state: dict[str, Any] = {
+            "coordinator": self.coordinator.state_dict(),
+            "history": self.history.state_dict(),
+            "metrics_bytes": self.folder.metrics_bytes(),
+        }
+        self.checkpoints.save(self.coordinator.round, self.method.state_dict(), state, self.window.updates)
+
+    def _finish(self, stage: int) -> None:
+        """Deploy the network and close the books."""
+        assert self.coordinator is not None
+        assert self.history is not None
+        network = self.method.deployed(stage)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+        temporary = self.folder.model_path.with_name(".model.safetensors.tmp")
+        try:
+            save_file(tensors, temporary)
+            temporary.rename(self.folder.model_path)
+        except Exception as error:
+            raise storage_error("write", self.folder.model_path, as_os_error(error)) from None
+        summary = self.history.finish(self.coordinator, self.data, stage)
+        self.reporter.finish(summary, self.history.stages, self.folder.path)

@@ -1,0 +1,80 @@
+"""`fedfreeze plan`: what each stage needs and which devices can join, before anything is trained."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedfreeze.config import Config
+from fedfreeze.cost import Costs, StageCost, measure_costs
+from fedfreeze.data.store import open_store, prepare
+from fedfreeze.fleet import MIB, Fleet, make_fleet
+
+
+def plan(config: Config, *, as_json: bool) -> None:
+    """Print the cost of every stage beside the full model, and how many devices can join each."""
+    data = open_store(prepare(config.data))
+    costs = measure_costs(config, data.image_shape, data.num_classes)
+    fleet = make_fleet(config.fleet, config.seed)
+    rows = plan_rows(costs, fleet)
+    if as_json:
+        print(json.dumps({"batch_size": config.train.batch_size, "devices": len(fleet), "stages": rows}, indent=2))
+        return
+    table = Table(title=f"{config.model.name}, width {config.model.width}, batch {config.train.batch_size}")
+    headings = (
+        "stage",
+        "blocks",
+        "peak MiB",
+        "of full",
+        "GFLOP a step",
+        "frozen part",
+        "up MiB",
+        "frozen MiB",
+        "devices",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "blocks" else "right")
+    for row in rows:
+        table.add_row(
+            "full" if row["stage"] is None else str(row["stage"] + 1),
+            row["blocks"],
+            f"{row['memory_mib']:.1f}",
+            f"{row['memory_share']:.0%}",
+            f"{row['step_gflop']:.2f}",
+            f"{row['frozen_gflop'] / row['step_gflop']:.0%}" if row["step_gflop"] else "-",
+            f"{row['upload_mib']:.2f}",
+            f"{row['frozen_mib']:.2f}",
+            f"{row['eligible']} of {len(fleet)}",
+        )
+    console = Console()
+    console.print(table)
+    stages = [row for row in rows if row["stage"] is not None]
+    every = min(row["eligible"] for row in stages)
+    console.print(
+        f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model. "
+        "Peaks are counted tensor bytes of one training step on fake tensors; nothing was trained.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def plan_rows(costs: Costs, fleet: Fleet) -> list[dict[str, Any]]:
+    """Return one row a stage and, last, the full model (`stage` None)."""
+    rows = [_row(i, cost, costs.full, fleet) for i, cost in enumerate(costs.stages)]
+    return [*rows, _row(None, costs.full, costs.full, fleet)]
+
+
+def _row(stage: int | None, cost: StageCost, full: StageCost, fleet: Fleet) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "blocks": cost.name,
+        "memory_mib": cost.memory_bytes / MIB,
+        "memory_share": cost.memory_bytes / full.memory_bytes,
+        "step_gflop": cost.step_flops / 1e9,
+        "frozen_gflop": cost.frozen_flops / 1e9,
+        "upload_mib": cost.bytes_up / MIB,
+        "frozen_mib": cost.frozen_elements * 4 / MIB,
+        "elements_reduced": cost.trained_elements,
+        "eligible": len(fleet.eligible(cost.memory_bytes)),
+    }

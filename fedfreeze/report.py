@@ -1,0 +1,168 @@
+"""What the user sees: a bar at a terminal, one line a round in a log, stage changes, failures, a closing table."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedfreeze.comm import Ranks
+from fedfreeze.config import Config
+from fedfreeze.coordinator import Coordinator
+from fedfreeze.errors import FedfreezeError, one_line
+
+
+class Reporter:
+    """Rank 0's voice; on other ranks it is quiet, but for crashes."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.console = Console(highlight=False)
+        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+        self.max_rounds = 0
+        self.num_stages = 0
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one; never wrapped, so that logs can be searched."""
+        if not self.quiet:
+            console = self.progress.console if self.progress else self.console
+            console.print(text, markup=False, soft_wrap=True)
+
+    def notice(self, text: str) -> None:
+        """Print something that was decided or found."""
+        self.say(f"notice: {text}")
+
+    def error(self, error: FedfreezeError) -> None:
+        """Print a user's error: one line, once."""
+        if not self.quiet:
+            self.close()
+            print(f"fedfreeze: error: {one_line(error)}", file=sys.stderr, flush=True)
+
+    def crash(self, text: str) -> None:
+        """Print an unexpected error of any rank."""
+        self.close()
+        print(f"fedfreeze: internal error, {text}", file=sys.stderr, flush=True)
+
+    def start(self, config: Config, coordinator: Coordinator, ranks: Ranks, history: Any, *, resumed: bool) -> None:
+        """Say what runs, where, and who enforces the caps."""
+        self.max_rounds = config.train.rounds
+        self.num_stages = len(coordinator.costs.stages)
+        facts = history.facts
+        self.say(
+            f"{config.name}: {config.method.name}, {config.model.name} (width {config.model.width}) on "
+            f"{facts['dataset']}, seed {config.seed}"
+        )
+        self.say(
+            f"{len(coordinator.fleet)} devices on {ranks.world_size} rank{'s' * (ranks.world_size > 1)} "
+            f"({facts['device']}, backend {ranks.backend}), {config.train.participants} a round; "
+            f"caps enforced by: {facts['cap_enforcement']}"
+        )
+        if resumed:
+            self.notice(f"resumed after round {coordinator.round}")
+        for stage, eligible in enumerate(coordinator.eligible):
+            if len(eligible) < config.train.participants:
+                self.notice(
+                    f"stage {stage + 1}: only {len(eligible)} devices can hold it, fewer than train.participants"
+                )
+        if self.console.is_terminal and not self.quiet:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("rounds"),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self.task = self.progress.add_task("", total=self.max_rounds, completed=coordinator.round)
+            self.progress.start()
+
+    def round_end(self, record: dict[str, Any]) -> None:
+        """Say how a round went."""
+        for device, reason in record["failed"].items():
+            self.say(f"round {record['round']}: device {device} left out: {reason}")
+        if self.progress is None:
+            self.say(round_line(record, self.num_stages))
+            return
+        parts = [f"stage {record['stage'] + 1}/{self.num_stages}"]
+        if record["accuracy"] is not None:
+            parts.append(f"accuracy {record['accuracy']:.3f}")
+        self.progress.update(self.task, completed=record["round"], description=" ".join(parts))
+
+    def stage_end(self, record: dict[str, Any]) -> None:
+        """Say that a block was frozen, or that its stage ran out of rounds."""
+        self.say(
+            f"stage {record['stage'] + 1}/{self.num_stages} ({record['blocks']}) ended after {record['rounds']} rounds: "
+            f"{record['reason']}; accuracy {_number(record['accuracy'], '.3f')}"
+        )
+
+    def finish(self, summary: dict[str, Any], stages: Sequence[dict[str, Any]], folder: Path) -> None:
+        """Print the closing table."""
+        self.close()
+        if self.quiet:
+            return
+        self.console.print(closing_table(stages))
+        if summary["stages_ended"] < summary["stages"] or "round_limit" in summary["stage_reasons"]:
+            self.notice(
+                f"the round limit ({self.max_rounds}) came before the controller froze every block; the network of stage "
+                f"{summary['deployed_stage'] + 1} is deployed"
+            )
+        self.say(
+            f"accuracy {_number(summary['final_accuracy'], '.4f')} after {summary['rounds']} rounds, "
+            f"{summary['wall_s']:.1f} s"
+        )
+        if summary["memory_cut_mean"] is not None:
+            self.say(
+                f"memory: peak {summary['peak_memory_mib']:.2f} MiB, mean {summary['mean_memory_mib']:.2f} MiB, full model "
+                f"{summary['full_memory_mib']:.2f} MiB (cut {summary['memory_cut_peak']:.0%} and "
+                f"{summary['memory_cut_mean']:.0%})"
+            )
+        self.say(
+            f"devices: {summary['participation']:.0%} trained, {summary['inclusion']:.0%} could; "
+            f"{summary['trained_below_full_memory']} that trained could not hold the full model"
+        )
+        self.say(f"results in {folder}")
+
+    def close(self) -> None:
+        """Stop the bar, so that the terminal is left in order."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def round_line(record: dict[str, Any], num_stages: int) -> str:
+    """Return one round as one line of a log."""
+    completed = len(record["selected"]) - len(record["failed"])
+    peak = max(record["peak_memory_mib"].values(), default=None)
+    return (
+        f"round {record['round']} stage {record['stage'] + 1}/{num_stages} ({record['stage_round']}) "
+        f"loss {_number(record['train_loss'], '.4f')} accuracy {_number(record['accuracy'], '.4f')} "
+        f"perturbation {_number(record['perturbation'], '.4f')} slope {_number(record['slope'], '+.4f')} "
+        f"devices {completed}/{len(record['selected'])} peak {_number(peak, '.2f')} MiB {record['wall_s']:.2f} s"
+    )
+
+
+def closing_table(stages: Sequence[dict[str, Any]]) -> Table:
+    """Return the stages of a run as a table."""
+    table = Table(title="stages")
+    for heading in ("stage", "blocks", "rounds", "ended", "peak MiB", "full MiB", "devices eligible", "accuracy"):
+        table.add_column(heading, justify="left" if heading in ("blocks", "ended") else "right")
+    for record in stages:
+        table.add_row(
+            str(record["stage"] + 1),
+            record["blocks"],
+            str(record["rounds"]),
+            record["reason"],
+            f"{record['peak_memory_mib']:.2f}",
+            f"{record['full_memory_mib']:.2f}",
+            str(record["eligible"]),
+            _number(record["accuracy"], ".4f"),
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

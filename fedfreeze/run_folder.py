@@ -1,0 +1,161 @@
+"""The run folder: its lock, config.yaml, metrics.jsonl and summary.json."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedfreeze.config import Config
+from fedfreeze.config_file import config_difference, config_values
+from fedfreeze.errors import ConfigError, storage_error
+
+
+class RunFolder:
+    """A run's folder on disk; rank 0 alone holds it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self.summary_path = path / "summary.json"
+        self.model_path = path / "model.safetensors"
+        self._lock_path = path / "lock"
+        self._locked = False
+
+    def open(self, config: Config) -> list[str]:
+        """Create or take the folder, lock it and hold its configuration against ours. Return notices for the user.
+
+        Raises ConfigError if it is in use or belongs to another configuration, StorageError if it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            notices = self._lock()
+        except OSError as error:
+            raise storage_error("use run folder", self.path, error) from None
+        try:
+            self._check_config(config)
+        except BaseException:
+            self.close()
+            raise
+        return notices
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._locked:
+            self._lock_path.unlink(missing_ok=True)
+            self._locked = False
+
+    def _lock(self) -> list[str]:
+        notices = []
+        me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        for _ in range(2):
+            try:
+                descriptor = os.open(self._lock_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                notices.append(self._take_over_stale())
+                continue
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(me, file)
+            self._locked = True
+            return notices
+        raise ConfigError(f"run folder {self.path} is in use: another process took its lock just now; try again")
+
+    def _take_over_stale(self) -> str:
+        try:
+            holder = json.loads(self._lock_path.read_text())
+        except (OSError, ValueError):
+            holder = {}  # a kill between creating and writing it
+        host, pid = holder.get("host", "?"), holder.get("pid")
+        if host not in ("?", socket.gethostname()):
+            raise ConfigError(
+                f"run folder {self.path} is locked by pid {pid} on {host} (job {holder.get('job')}); if that run is "
+                f"gone, delete {self._lock_path}"
+            )
+        if pid is not None and _process_start(pid) == holder.get("started") is not None:
+            raise ConfigError(f"run folder {self.path} is in use by pid {pid} on {host}; wait for it or use --run-dir")
+        self._lock_path.unlink(missing_ok=True)
+        return f"took over the lock of pid {pid} on {host}, which is gone"
+
+    def _check_config(self, config: Config) -> None:
+        path = self.path / "config.yaml"
+        ours = config_values(config)
+        if path.exists():
+            try:
+                theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, OSError, UnicodeDecodeError):
+                theirs = None
+            if not isinstance(theirs, dict):
+                raise ConfigError(f"{path} is not a configuration; delete the run folder or use another --run-dir")
+            difference = config_difference(theirs, ours)
+            if difference:
+                raise ConfigError(
+                    f"run folder {self.path} holds another run: {difference}; use another --run-dir or --name"
+                )
+        elif any(self.path.glob("checkpoints/round-*")):
+            raise ConfigError(f"run folder {self.path} has checkpoints but no config.yaml; use another --run-dir")
+        try:
+            write_whole(path, yaml.safe_dump(ours, sort_keys=False))
+        except OSError as error:
+            raise storage_error("write", path, error) from None
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl. Raises StorageError."""
+        try:
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise storage_error("write", self.metrics_path, error) from None
+
+    def metrics_bytes(self) -> int:
+        """Return the length of metrics.jsonl, which a checkpoint notes."""
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
+    def cut_metrics(self, length: int) -> None:
+        """Cut what was written after the checkpoint that is resumed. Raises StorageError."""
+        try:
+            if self.metrics_path.exists():
+                os.truncate(self.metrics_path, min(length, self.metrics_bytes()))
+        except OSError as error:
+            raise storage_error("cut", self.metrics_path, error) from None
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Return summary.json; None if there is none or it is not whole."""
+        try:
+            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return summary if isinstance(summary, dict) else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, whole or not at all. Raises StorageError."""
+        try:
+            write_whole(self.summary_path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            raise storage_error("write", self.summary_path, error) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _process_start(pid: int) -> str | None:
+    """Return when a local process started, in clock ticks since boot; None if it is gone. Tells reused pids apart."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

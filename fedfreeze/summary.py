@@ -1,0 +1,229 @@
+"""Keeps the books of a run: the records of metrics.jsonl and summary.json."""
+
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import fedfreeze
+from fedfreeze.comm import Ranks
+from fedfreeze.config import Config
+from fedfreeze.coordinator import Coordinator, train_loss
+from fedfreeze.data.store import Data
+from fedfreeze.errors import ExitCode, FedfreezeError, one_line
+from fedfreeze.fleet import MIB
+from fedfreeze.launcher import Launch
+from fedfreeze.round import RoundResult
+from fedfreeze.run_folder import RunFolder
+
+
+class History:
+    """Rank 0's books. What a resumed run must go on counting is in its state_dict."""
+
+    def __init__(self, config: Config, folder: RunFolder, launch: Launch, ranks: Ranks):
+        self.config = config
+        self.folder = folder
+        self.facts = {
+            "method": config.method.name,
+            "model": config.model.name,
+            "dataset": config.data.path or config.data.name,
+            "world_size": ranks.world_size,
+            "hosts": sorted(set(ranks.rank_hosts)),
+            "launcher": launch.launcher,
+            "transport": config.comm.transport,
+            "backend": ranks.backend,
+            "device": device_name(ranks.device),
+            "cap_enforcement": cap_enforcement(config, ranks.device),
+            "seed": config.seed,
+        }
+        self.accuracy: float | None = None
+        self.best_accuracy: float | None = None
+        self.stages: list[dict[str, Any]] = []
+        self.stage_peak_bytes = 0
+        self.wall_before_s = 0.0
+        self.started = time.monotonic()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of all the parts of the run that stand."""
+        return self.wall_before_s + time.monotonic() - self.started
+
+    def run_start(self, coordinator: Coordinator, data: Data) -> None:
+        """Note that a run starts or goes on."""
+        self.folder.append_metrics(
+            {
+                "kind": "run_start",
+                "name": self.config.name,
+                "round": coordinator.round,
+                **self.facts,
+                "git_revision": git_revision(),
+                "versions": versions(),
+            }
+        )
+        self.folder.write_summary(self._summary(coordinator, "running", None))
+
+    def round_end(self, coordinator: Coordinator, result: RoundResult, wall_s: float) -> dict[str, Any]:
+        """Note a round and return its record."""
+        plan, verdict = result.plan, result.verdict
+        if result.accuracy is not None:
+            self.accuracy = result.accuracy
+            self.best_accuracy = max(self.best_accuracy or 0.0, result.accuracy)
+        completed = [report for report in result.reports if report.failed is None]
+        self.stage_peak_bytes = max([self.stage_peak_bytes, *(report.peak_bytes for report in completed)])
+        bytes_up, bytes_down = coordinator.traffic(result.reports)
+        caps = {str(a.device): a.cap_bytes for a in plan.assignments}
+        record: dict[str, Any] = {
+            "kind": "round",
+            "round": plan.round,
+            "stage": plan.stage,
+            "stage_round": plan.stage_round,
+            "selected": [a.device for a in plan.assignments],
+            "failed": {str(report.device): report.failed for report in result.reports if report.failed is not None},
+            "train_loss": train_loss(result.reports),
+            "accuracy": result.accuracy,
+            "perturbation": verdict.perturbation,
+            "slope": verdict.slope,
+            "peak_memory_mib": {str(report.device): report.peak_bytes / MIB for report in completed},
+            "tensor_peak_mib": {str(report.device): report.tensor_peak_bytes / MIB for report in completed},
+            "cap_mib": {device: None if cap is None else cap / MIB for device, cap in caps.items()},
+            "elements_reduced": result.elements_reduced,
+            "bytes_up": bytes_up,
+            "bytes_down": bytes_down,
+            "emulated_s": None,  # no device has a speed yet; see docs/run_folder.md
+            "wall_s": wall_s,
+        }
+        self.folder.append_metrics(record)
+        return record
+
+    def stage_end(self, coordinator: Coordinator, reason: str) -> dict[str, Any]:
+        """Note a stage and return its record."""
+        cost, full = coordinator.costs.stages[coordinator.stage], coordinator.costs.full
+        record = {
+            "kind": "stage",
+            "stage": coordinator.stage,
+            "blocks": cost.name,
+            "reason": reason,
+            "rounds": coordinator.stage_round,
+            "memory_mib": cost.memory_bytes / MIB,
+            "peak_memory_mib": self.stage_peak_bytes / MIB,
+            "full_memory_mib": full.memory_bytes / MIB,
+            "eligible": len(coordinator.eligible[coordinator.stage]),
+            "accuracy": self.accuracy,
+        }
+        self.stages.append(record)
+        self.stage_peak_bytes = 0
+        self.folder.append_metrics(record)
+        return record
+
+    def finish(self, coordinator: Coordinator, data: Data, stage: int) -> dict[str, Any]:
+        """Note the end and return the summary."""
+        summary = self._summary(coordinator, "finished", ExitCode.DONE) | {
+            "deployed_stage": stage,
+            "image_shape": list(data.image_shape),
+            "num_classes": data.num_classes,
+            "normalisation": {"mean": list(data.mean), "std": list(data.std)},
+        }
+        self.folder.append_metrics({"kind": "run_end", **{k: v for k, v in summary.items() if k != "versions"}})
+        self.folder.write_summary(summary)
+        return summary
+
+    def failed(self, error: BaseException) -> None:
+        """Note that the run broke off; what cannot be written then must not hide the error itself."""
+        code = error.exit_code if isinstance(error, FedfreezeError) else ExitCode.INTERNAL
+        status = "failed"
+        if isinstance(error, KeyboardInterrupt):
+            code, status = ExitCode.INTERRUPTED, "preempted"
+        summary = self.folder.read_summary() or {}
+        summary |= {"status": status, "exit_code": int(code), "error": one_line(error), "wall_s": self.wall_s}
+        try:
+            self.folder.write_summary(summary)
+        except FedfreezeError:
+            return
+
+    def _summary(self, coordinator: Coordinator, status: str, code: ExitCode | None) -> dict[str, Any]:
+        fleet, full = coordinator.fleet, coordinator.costs.full
+        full_mib = full.memory_bytes / MIB
+        peak_mib = coordinator.peak_bytes / MIB
+        mean_mib = coordinator.peak_sum_bytes / max(1, coordinator.device_rounds) / MIB
+        measured = coordinator.device_rounds > 0
+        could = {device for devices in coordinator.eligible for device in devices}
+        hold_full = set(fleet.eligible(full.memory_bytes))
+        stages_done = len(self.stages)
+        return {
+            "status": status,
+            "exit_code": None if code is None else int(code),
+            **self.facts,
+            "rounds": coordinator.round,
+            "stages": len(coordinator.costs.stages),
+            "stages_ended": stages_done,
+            "stage_reasons": [record["reason"] for record in self.stages],
+            "final_accuracy": self.accuracy,
+            "best_accuracy": self.best_accuracy,
+            "full_memory_mib": full_mib,
+            "peak_memory_mib": peak_mib if measured else None,
+            "mean_memory_mib": mean_mib if measured else None,
+            "memory_cut_peak": 1 - peak_mib / full_mib if measured else None,
+            "memory_cut_mean": 1 - mean_mib / full_mib if measured else None,
+            "participation": len(coordinator.trained) / len(fleet),
+            "inclusion": len(could) / len(fleet),
+            "trained_below_full_memory": len(coordinator.trained - hold_full),
+            "emulated_s": None,
+            "wall_s": self.wall_s,
+            "bytes_total": coordinator.bytes_total,
+            "git_revision": git_revision(),
+            "versions": versions(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must go on counting."""
+        names = ("accuracy", "best_accuracy", "stages", "stage_peak_bytes", "wall_s")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict."""
+        for name in ("accuracy", "best_accuracy", "stages", "stage_peak_bytes"):
+            setattr(self, name, state[name])
+        self.wall_before_s = state["wall_s"]
+        self.started = time.monotonic()
+
+
+def device_name(device: torch.device) -> str:
+    """Return what computes, as a person would call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def cap_enforcement(config: Config, device: torch.device) -> str:
+    """Return what holds devices to their caps: none | tensor_bytes | cuda_memory_fraction."""
+    if not config.fleet.enforce:
+        return "none"
+    return "cuda_memory_fraction" if device.type == "cuda" else "tensor_bytes"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "fedfreeze": fedfreeze.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def git_revision() -> str | None:
+    """Return the revision of fedfreeze's own checkout, with `+dirty` where it has changes; None if it is no checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            timeout=10,
+        )
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if tracked.returncode == 0 else None
