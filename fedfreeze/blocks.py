@@ -43,7 +43,8 @@ def cut_network(network: nn.Sequential, split: list[str], image_shape: Shape, nu
     blocks, names = [], []
     for begin, end in itertools.pairwise(starts):
         blocks.append(nn.Sequential(OrderedDict(children[begin:end])))
-        names.append("+".join(name for name, child in children[begin:end] if any(True for _ in child.parameters())))
+        named = [name for name, child in children[begin:end] if any(True for _ in child.parameters())]
+        names.append(named[0] if len(named) == 1 else f"{named[0]}..{named[-1]}")
     shapes = []
     network.eval()  # a probe must not move running statistics
     with torch.no_grad():

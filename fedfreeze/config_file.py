@@ -150,7 +150,7 @@ def _check_known_keys(values: dict[str, Any]) -> None:
                 continue
             if not isinstance(value, dict):
                 raise ConfigError(f"{key}: must be a section with keys, not {value!r}")
-            known = [field.name for field in fields(_SECTIONS[key])]  # type: ignore[arg-type]
+            known = [field.name for field in fields(_SECTIONS[key])]
             for name in value:
                 if name not in known:
                     raise ConfigError(_unknown(f"{key}.{name}", [f"{key}.{other}" for other in known], "key"))
@@ -180,7 +180,8 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: {value!r} is not allowed{_nearest(str(value), choices)}; allowed: {', '.join(choices)}{more}"
     message = first["msg"]
     if len({e["type"] for e in error.errors() if e["loc"][:2] == first["loc"][:2]}) > 1:
-        message = " or ".join(e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2])
+        messages = dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2])
+        message = " or ".join(messages)
     return f"{key}: {value!r}: {one_line(Exception(message))}{more}"
 
 

@@ -46,10 +46,13 @@ class Coordinator:
                 largest = max(cap for cap in self.fleet.memory_cap_bytes if cap is not None)
                 raise ConfigError(
                     f"no device holds stage {cost.name!r}: it needs {cost.memory_bytes / MIB:.1f} MiB at batch "
-                    f"{self.config.train.batch_size}, the largest cap is {largest / MIB:.1f} MiB; the smallest cap that "
-                    f"holds every stage is {max(c.memory_bytes for c in self.costs.stages) / MIB:.1f} MiB "
+                    f"{self.config.train.batch_size}, the largest cap is {largest / MIB:.1f} MiB; the smallest cap "
+                    f"that holds every stage is {self._smallest_cap() / MIB:.1f} MiB "
                     "(raise fleet.memory_cap_mib, or lower train.batch_size or model.width)"
                 )
+
+    def _smallest_cap(self) -> int:
+        return max(cost.memory_bytes for cost in self.costs.stages)
 
     def plan_round(self) -> RoundPlan:
         """Return the plan of the next round."""
@@ -75,7 +78,7 @@ class Coordinator:
         )
 
     def _assign(self, devices: Sequence[int]) -> tuple[Assignment, ...]:
-        """Give the device with the most samples left to the rank with the least work; the result does not depend on it."""
+        """Give the device with most samples to the rank with least work; the result does not depend on it."""
         load = [0] * self.world_size
         ranks = {}
         for device in sorted(devices, key=lambda d: (-self.samples[d], d)):

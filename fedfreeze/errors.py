@@ -100,5 +100,5 @@ def storage_error(action: str, path: object, error: OSError) -> StorageError:
     """Turn an OSError met while writing into the one-line error that names the path and the next action."""
     reason = os.strerror(error.errno) if error.errno else one_line(error)
     return StorageError(
-        f"cannot {action} {path} on {socket.gethostname()}: {reason}; free space or choose another folder with --run-dir"
+        f"cannot {action} {path} on {socket.gethostname()}: {reason}; free space or choose another folder"
     )

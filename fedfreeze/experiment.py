@@ -3,6 +3,7 @@
 import socket
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> i
         ranks.close()
         return code
     except BaseException as error:
-        if history is not None:
+        if history is not None and history.begun:
             history.failed(error)
         raise
     finally:
@@ -136,7 +137,7 @@ class Experiment:
             started = time.monotonic()
             result = run_round(self.ranks, self.coordinator, self.window, self.emulator)
             # rank 0 writes; if it cannot, every rank leaves with the same error
-            self.ranks.decide(lambda result=result, started=started: self._record(result, started))
+            self.ranks.decide(partial(self._record, result, started))
             verdict = result.verdict
             if verdict.end_stage is not None:
                 self.emulator.leave_stage()
@@ -145,14 +146,15 @@ class Experiment:
                     self.method.begin_stage(stage)
                     self.window.clear()
                     self.emulator.enter_stage(stage)
-            self.ranks.decide(lambda verdict=verdict: self._checkpoint() if verdict.checkpoint else None)
+            if verdict.checkpoint:
+                self.ranks.decide(self._checkpoint)
             if verdict.stop:
                 break
         self.ranks.decide(lambda: self._finish(stage))
         return ExitCode.DONE
 
     def _resume(self) -> int:
-        """Collective: every rank must call this. Load the newest checkpoint, if any; give all ranks rank 0's weights."""
+        """Collective: every rank must call this. Load the newest checkpoint, if any; share rank 0's weights."""
         stage = self.ranks.decide(self._load_checkpoint)
         for tensor in self.method.state_dict().values():
             host = tensor.detach().contiguous()
@@ -163,6 +165,7 @@ class Experiment:
     def _load_checkpoint(self) -> int:
         assert self.coordinator is not None
         assert self.history is not None
+        self.folder.claim(self.config)
         found = self.checkpoints.load_newest()
         self.folder.cut_metrics(found.state["metrics_bytes"] if found else 0)
         if found is not None:

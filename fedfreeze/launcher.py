@@ -34,23 +34,28 @@ class Launch:
 def detect_launch(environment: Mapping[str, str]) -> Launch:
     """Read who this process is from what its launcher set. Raises ConfigError where that cannot be right."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = {"rank": "RANK", "world_size": "WORLD_SIZE"}
-        names |= {"local_rank": "LOCAL_RANK", "local_world_size": "LOCAL_WORLD_SIZE"}
-        values = {}
-        for field, name in names.items():
-            try:
-                values[field] = int(environment[name])
-            except (KeyError, ValueError):
-                raise ConfigError(
-                    f"RANK is set but {name} is {environment.get(name)!r}; start the ranks with torchrun or --nproc"
-                ) from None
-        return Launch("torchrun", **values)
+        return Launch(
+            "torchrun",
+            rank=_number(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK"),
+            local_world_size=_number(environment, "LOCAL_WORLD_SIZE"),
+        )
     tasks = environment.get("SLURM_NTASKS", "1")
     if "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1:
         raise ConfigError(
             f"srun started {tasks} tasks that would not know of each other; start one task a node and torchrun in it"
         )
     return Launch("none")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"RANK is set but {name} is {environment.get(name)!r}; start the ranks with torchrun or --nproc"
+        ) from None
 
 
 def run_local_ranks(world_size: int, rank_main: Callable[[Launch], int]) -> int:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -21,39 +22,29 @@ def plan(config: Config, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"batch_size": config.train.batch_size, "devices": len(fleet), "stages": rows}, indent=2))
         return
-    table = Table(title=f"{config.model.name}, width {config.model.width}, batch {config.train.batch_size}")
-    headings = (
-        "stage",
-        "blocks",
-        "peak MiB",
-        "of full",
-        "GFLOP a step",
-        "frozen part",
-        "up MiB",
-        "frozen MiB",
-        "devices",
-    )
-    for heading in headings:
+    title = f"{config.model.name}, width {config.model.width}, batch {config.train.batch_size}, {len(fleet)} devices"
+    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1))
+    for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", "frozen", "up MiB", "eligible"):
         table.add_column(heading, justify="left" if heading == "blocks" else "right")
     for row in rows:
         table.add_row(
             "full" if row["stage"] is None else str(row["stage"] + 1),
             row["blocks"],
-            f"{row['memory_mib']:.1f}",
+            f"{row['memory_mib']:.2f}",
             f"{row['memory_share']:.0%}",
             f"{row['step_gflop']:.2f}",
-            f"{row['frozen_gflop'] / row['step_gflop']:.0%}" if row["step_gflop"] else "-",
+            f"{row['frozen_gflop'] / row['step_gflop']:.0%}",
             f"{row['upload_mib']:.2f}",
-            f"{row['frozen_mib']:.2f}",
-            f"{row['eligible']} of {len(fleet)}",
+            str(row["eligible"]),
         )
     console = Console()
     console.print(table)
     stages = [row for row in rows if row["stage"] is not None]
     every = min(row["eligible"] for row in stages)
     console.print(
-        f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model. "
-        "Peaks are counted tensor bytes of one training step on fake tensors; nothing was trained.",
+        f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
+        "peak: tensor bytes of one training step, counted on fake tensors; frozen: share of a step's\n"
+        "FLOPs spent in the frozen prefix; up: what a device sends a round. Nothing was trained.",
         soft_wrap=True,
         highlight=False,
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -95,8 +96,8 @@ class Reporter:
     def stage_end(self, record: dict[str, Any]) -> None:
         """Say that a block was frozen, or that its stage ran out of rounds."""
         self.say(
-            f"stage {record['stage'] + 1}/{self.num_stages} ({record['blocks']}) ended after {record['rounds']} rounds: "
-            f"{record['reason']}; accuracy {_number(record['accuracy'], '.3f')}"
+            f"stage {record['stage'] + 1}/{self.num_stages} ({record['blocks']}) ended after "
+            f"{record['rounds']} rounds: {record['reason']}; accuracy {_number(record['accuracy'], '.4f')}"
         )
 
     def finish(self, summary: dict[str, Any], stages: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -107,8 +108,8 @@ class Reporter:
         self.console.print(closing_table(stages))
         if summary["stages_ended"] < summary["stages"] or "round_limit" in summary["stage_reasons"]:
             self.notice(
-                f"the round limit ({self.max_rounds}) came before the controller froze every block; the network of stage "
-                f"{summary['deployed_stage'] + 1} is deployed"
+                f"the round limit ({self.max_rounds}) came before the controller froze every block; the network "
+                f"of stage {summary['deployed_stage'] + 1} is deployed"
             )
         self.say(
             f"accuracy {_number(summary['final_accuracy'], '.4f')} after {summary['rounds']} rounds, "
@@ -116,8 +117,8 @@ class Reporter:
         )
         if summary["memory_cut_mean"] is not None:
             self.say(
-                f"memory: peak {summary['peak_memory_mib']:.2f} MiB, mean {summary['mean_memory_mib']:.2f} MiB, full model "
-                f"{summary['full_memory_mib']:.2f} MiB (cut {summary['memory_cut_peak']:.0%} and "
+                f"memory: peak {summary['peak_memory_mib']:.2f} MiB, mean {summary['mean_memory_mib']:.2f} MiB, "
+                f"full model {summary['full_memory_mib']:.2f} MiB (cut {summary['memory_cut_peak']:.0%} and "
                 f"{summary['memory_cut_mean']:.0%})"
             )
         self.say(
@@ -147,8 +148,13 @@ def round_line(record: dict[str, Any], num_stages: int) -> str:
 
 def closing_table(stages: Sequence[dict[str, Any]]) -> Table:
     """Return the stages of a run as a table."""
-    table = Table(title="stages")
-    for heading in ("stage", "blocks", "rounds", "ended", "peak MiB", "full MiB", "devices eligible", "accuracy"):
+    table = Table(
+        title="stages (measured peak, against the full model's predicted one)",
+        box=SIMPLE,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+    for heading in ("stage", "blocks", "rounds", "ended", "peak MiB", "of full", "eligible", "accuracy"):
         table.add_column(heading, justify="left" if heading in ("blocks", "ended") else "right")
     for record in stages:
         table.add_row(
@@ -157,7 +163,7 @@ def closing_table(stages: Sequence[dict[str, Any]]) -> Table:
             str(record["rounds"]),
             record["reason"],
             f"{record['peak_memory_mib']:.2f}",
-            f"{record['full_memory_mib']:.2f}",
+            f"{record['peak_memory_mib'] / record['full_memory_mib']:.0%}",
             str(record["eligible"]),
             _number(record["accuracy"], ".4f"),
         )

@@ -1,5 +1,6 @@
 """The run folder: its lock, config.yaml, metrics.jsonl and summary.json."""
 
+import contextlib
 import json
 import os
 import socket
@@ -27,6 +28,8 @@ class RunFolder:
     def open(self, config: Config) -> list[str]:
         """Create or take the folder, lock it and hold its configuration against ours. Return notices for the user.
 
+        Nothing is written but the lock: a run that turns out to be impossible leaves nothing behind.
+
         Raises ConfigError if it is in use or belongs to another configuration, StorageError if it cannot be written.
         """
         try:
@@ -46,6 +49,16 @@ class RunFolder:
         if self._locked:
             self._lock_path.unlink(missing_ok=True)
             self._locked = False
+            with contextlib.suppress(OSError):  # not empty: a run has begun in it
+                self.path.rmdir()
+
+    def claim(self, config: Config) -> None:
+        """Write config.yaml: from now on the folder belongs to this run. Raises StorageError."""
+        path = self.path / "config.yaml"
+        try:
+            write_whole(path, yaml.safe_dump(config_values(config), sort_keys=False))
+        except OSError as error:
+            raise storage_error("write", path, error) from None
 
     def _lock(self) -> list[str]:
         notices = []
@@ -100,10 +113,6 @@ class RunFolder:
                 )
         elif any(self.path.glob("checkpoints/round-*")):
             raise ConfigError(f"run folder {self.path} has checkpoints but no config.yaml; use another --run-dir")
-        try:
-            write_whole(path, yaml.safe_dump(ours, sort_keys=False))
-        except OSError as error:
-            raise storage_error("write", path, error) from None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. Raises StorageError."""

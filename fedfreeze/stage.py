@@ -1,14 +1,20 @@
 """What a device trains in one stage: frozen prefix, active block, output module."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
-import torch._dynamo  # noqa: F401  torch imports it at the first optimizer step: 2 s; here, forked ranks share it
+import torch._dynamo
 from torch import nn
 from torch.nn import functional
 
 from fedfreeze.config import TrainConfig
 from fedfreeze.flat import FlatPart
+
+# torch._dynamo is not used here: torch imports it at the first optimizer step, which takes 2 s. Imported with this
+# module, before local ranks are forked, it is imported once and not by each of them in its first round.
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Stage(nn.Module):
@@ -58,7 +64,7 @@ class Stage(nn.Module):
         return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
 
 
-def _on(module: nn.Module, device: torch.device) -> nn.Module:
+def _on(module: M, device: torch.device) -> M:
     """Move a module if it is elsewhere; `Module.to` fails on fake tensors even where there is nothing to move."""
     tensors = [*module.parameters(), *module.buffers()]
     return module if all(tensor.device == device for tensor in tensors) else module.to(device)

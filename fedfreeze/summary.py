@@ -45,6 +45,7 @@ class History:
         self.stages: list[dict[str, Any]] = []
         self.stage_peak_bytes = 0
         self.wall_before_s = 0.0
+        self.begun = False
         self.started = time.monotonic()
 
     @property
@@ -54,6 +55,7 @@ class History:
 
     def run_start(self, coordinator: Coordinator, data: Data) -> None:
         """Note that a run starts or goes on."""
+        self.begun = True
         self.folder.append_metrics(
             {
                 "kind": "run_start",
@@ -214,7 +216,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Return the revision of fedfreeze's own checkout, with `+dirty` where it has changes; None if it is no checkout."""
+    """Return the revision of fedfreeze's own checkout (`+dirty`: changed); None if it is no checkout."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"]
     try:

@@ -31,7 +31,7 @@ class Source(Protocol):
 
 
 class Digits:
-    """scikit-learn's embedded digits: 1,797 real 8x8 grey images; every fifth of a class-balanced order is test data."""
+    """scikit-learn's embedded digits: 1,797 real 8x8 grey images; every fifth of a class is test data."""
 
     def fingerprint(self) -> str:
         """See Source."""
