@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_numpy
-from safetensors.numpy import save_file as save_numpy
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save as serialise_numpy
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 
 from fedfreeze.errors import DataError, storage_error
 
@@ -62,7 +63,7 @@ class CheckpointStore:
             temporary.mkdir()
             needed = [self._save_update(number, update) for number, update in updates]
             weights = temporary / "weights.safetensors"
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, weights)
+            weights.write_bytes(weight_bytes(tensors))
             content = {
                 "version": VERSION,
                 "round": round_number,
@@ -79,9 +80,9 @@ class CheckpointStore:
             temporary.rename(final)
             _sync(self.folder)
             self._drop_old()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise storage_error("write checkpoint", final, as_os_error(error)) from None
+            raise storage_error("write checkpoint", final, error) from None
 
     def load_newest(self) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, saying so where a newer one was torn; None if there is none.
@@ -126,7 +127,7 @@ class CheckpointStore:
         if number not in self._update_digests:
             path = self._update_path(number)
             temporary = path.with_name(f".{path.name}.tmp")
-            save_numpy({"update": update}, temporary)
+            temporary.write_bytes(serialise_numpy({"update": update}))
             _sync(temporary)
             self._update_digests[number] = _digest(temporary)
             temporary.rename(path)
@@ -156,9 +157,12 @@ class CheckpointStore:
                 self._update_digests.pop(number, None)
 
 
-def as_os_error(error: Exception) -> OSError:
-    """Return safetensors' own error of a full disk as the OSError that it is."""
-    return error if isinstance(error, OSError) else OSError(0, str(error))
+def weight_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    """Return tensors as the bytes of a safetensors file, without metadata: nothing in it differs between runs.
+
+    As bytes and not by safetensors' own writer, which makes files that only their owner can read.
+    """
+    return serialise({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _digest(path: Path) -> str:

@@ -23,6 +23,7 @@ class Coordinator:
         self.samples = samples
         self.costs = costs
         self.world_size = world_size
+        self._check_rounds()
         self.eligible = [fleet.eligible(cost.memory_bytes) for cost in costs.stages]
         self._check_stages_fit()
         self.selector = make_selector(config)
@@ -39,6 +40,14 @@ class Coordinator:
         self.peak_bytes = 0
         self.peak_sum_bytes = 0
         self.device_rounds = 0
+
+    def _check_rounds(self) -> None:
+        stages, rounds = len(self.costs.stages), self.config.train.rounds
+        if self.config.pace.policy in ("fixed", "proportional") and rounds < stages:
+            raise ConfigError(
+                f"train.rounds: {rounds} is less than the {stages} stages, and pace.policy "
+                f"{self.config.pace.policy} gives each at least one round"
+            )
 
     def _check_stages_fit(self) -> None:
         for cost, devices in zip(self.costs.stages, self.eligible, strict=True):

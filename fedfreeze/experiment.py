@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from fedfreeze.blocks import build_network
-from fedfreeze.checkpoint import Checkpoint, CheckpointStore, as_os_error
+from fedfreeze.checkpoint import Checkpoint, CheckpointStore, weight_bytes
 from fedfreeze.comm import Ranks
 from fedfreeze.config import Config
 from fedfreeze.coordinator import Coordinator
 from fedfreeze.cost import measure_costs
 from fedfreeze.data.partition import partition
 from fedfreeze.data.store import Data, open_store, prepare
-from fedfreeze.errors import ExitCode, FedfreezeError, UnavailableError, storage_error
+from fedfreeze.errors import ExitCode, FedfreezeError, UnavailableError
 from fedfreeze.fleet import make_fleet
 from fedfreeze.launcher import Launch
 from fedfreeze.methods import make_method
@@ -212,13 +211,6 @@ class Experiment:
         """Deploy the network and close the books."""
         assert self.coordinator is not None
         assert self.history is not None
-        network = self.method.deployed(stage)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-        temporary = self.folder.model_path.with_name(".model.safetensors.tmp")
-        try:
-            save_file(tensors, temporary)
-            temporary.rename(self.folder.model_path)
-        except Exception as error:
-            raise storage_error("write", self.folder.model_path, as_os_error(error)) from None
+        self.folder.write_model(weight_bytes(self.method.deployed(stage).state_dict()))
         summary = self.history.finish(self.coordinator, self.data, stage)
         self.reporter.finish(summary, self.history.stages, self.folder.path)

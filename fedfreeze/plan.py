@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +22,7 @@ def plan(config: Config, *, as_json: bool) -> None:
         print(json.dumps({"batch_size": config.train.batch_size, "devices": len(fleet), "stages": rows}, indent=2))
         return
     title = f"{config.model.name}, width {config.model.width}, batch {config.train.batch_size}, {len(fleet)} devices"
-    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1))
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline")
     for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", "frozen", "up MiB", "eligible"):
         table.add_column(heading, justify="left" if heading == "blocks" else "right")
     for row in rows:

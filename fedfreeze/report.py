@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -106,7 +105,7 @@ class Reporter:
         if self.quiet:
             return
         self.console.print(closing_table(stages))
-        if summary["stages_ended"] < summary["stages"] or "round_limit" in summary["stage_reasons"]:
+        if not summary["all_frozen"]:
             self.notice(
                 f"the round limit ({self.max_rounds}) came before the controller froze every block; the network "
                 f"of stage {summary['deployed_stage'] + 1} is deployed"
@@ -150,9 +149,9 @@ def closing_table(stages: Sequence[dict[str, Any]]) -> Table:
     """Return the stages of a run as a table."""
     table = Table(
         title="stages (measured peak, against the full model's predicted one)",
-        box=SIMPLE,
-        pad_edge=False,
-        padding=(0, 1),
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="underline",
     )
     for heading in ("stage", "blocks", "rounds", "ended", "peak MiB", "of full", "eligible", "accuracy"):
         table.add_column(heading, justify="left" if heading in ("blocks", "ended") else "right")

@@ -142,6 +142,13 @@ class RunFolder:
             return None
         return summary if isinstance(summary, dict) else None
 
+    def write_model(self, content: bytes) -> None:
+        """Write model.safetensors, whole or not at all. Raises StorageError."""
+        try:
+            write_whole(self.model_path, content)
+        except OSError as error:
+            raise storage_error("write", self.model_path, error) from None
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all. Raises StorageError."""
         try:
@@ -150,11 +157,11 @@ class RunFolder:
             raise storage_error("write", self.summary_path, error) from None
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name and rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

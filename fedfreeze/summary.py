@@ -154,14 +154,14 @@ class History:
         measured = coordinator.device_rounds > 0
         could = {device for devices in coordinator.eligible for device in devices}
         hold_full = set(fleet.eligible(full.memory_bytes))
-        stages_done = len(self.stages)
+        frozen = sum(record["reason"] != "round_limit" for record in self.stages)
         return {
             "status": status,
             "exit_code": None if code is None else int(code),
             **self.facts,
             "rounds": coordinator.round,
             "stages": len(coordinator.costs.stages),
-            "stages_ended": stages_done,
+            "all_frozen": frozen == len(coordinator.costs.stages),
             "stage_reasons": [record["reason"] for record in self.stages],
             "final_accuracy": self.accuracy,
             "best_accuracy": self.best_accuracy,
