@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Sets up what the tests need, then runs lint, types and tests. `--full` adds what takes minutes.
+#
+#   bash tests/run.sh [--full] [options of pytest]
+#
+# VENV, PYTHON: as in launch/environment.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/environment.sh
+
+select=(-m "not slow")
+if [ "${1:-}" = --full ]; then
+  select=()
+  shift
+fi
+make_environment '.[test]'
+export PATH="$PWD/$VENV/bin:$PATH"
+case $VENV in /*) export PATH="$VENV/bin:$PATH" ;; esac
+
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "${select[@]}" "$@"

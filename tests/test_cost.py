@@ -1,0 +1,73 @@
+"""The cost model: predicted on fake tensors, equal to what the real step takes."""
+
+import pytest
+import torch
+
+from fedfreeze.blocks import build_network
+from fedfreeze.cap import count_peak
+from fedfreeze.config_file import make_config
+from fedfreeze.cost import measure_costs
+from fedfreeze.methods import full_model_stage, make_method
+from fedfreeze.stage import LocalTrainer, Stage
+
+CPU = torch.device("cpu")
+
+
+def measured_peak(stage: Stage, config: object, batch_size: int, image_shape: tuple[int, int, int]) -> int:
+    """Peak of the second real step, so that nothing of a first time is in it."""
+    trainer = LocalTrainer(stage, config.train)  # type: ignore[attr-defined]
+    images, labels = torch.randn(batch_size, *image_shape), torch.randint(0, 10, (batch_size,))
+    trainer.step(images, labels)
+    return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+
+
+@pytest.mark.parametrize("kind", ["conv_norm", "conv", "block", "pool"])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_prediction_equals_measurement(kind: str, norm: str) -> None:
+    shape = (3, 16, 16)
+    config = make_config(
+        {
+            "model": {"name": "resnet10", "width": 8, "norm": norm},
+            "method": {"output_module": kind},
+            "train": {"batch_size": 8},
+        }
+    )
+    costs = measure_costs(config, shape, 10)
+    method = make_method(config, build_network(config.model, shape, 10, 0))
+    for index, cost in enumerate(costs.stages):
+        stage = method.enter_stage(index, CPU)
+        assert measured_peak(stage, config, 8, shape) == cost.memory_bytes
+        assert cost.trained_elements == len(stage.flat)
+        method.leave_stage(stage)
+    full = full_model_stage(build_network(config.model, shape, 10, 0), CPU)
+    assert measured_peak(full, config, 8, shape) == costs.full.memory_bytes
+
+
+def test_flops_and_elements_against_a_hand_count() -> None:
+    config = make_config({"model": {"name": "resnet8", "width": 4}, "train": {"batch_size": 2}})
+    costs = measure_costs(config, (1, 8, 8), 10)
+    # stage 3 freezes conv1, layer1 and layer2; two FLOPs a multiply-add, 8x8 then 4x4 images, batch 2
+    layer1 = 2 * (4 * 4 * 9) * 64
+    layer2 = (4 * 8 * 9 + 8 * 8 * 9 + 4 * 8) * 16
+    assert costs.stages[2].frozen_flops == 2 * 2 * (4 * 9 * 64 + layer1 + layer2)
+    # layer3: three convolutions and three batch norms (two parameters, two statistics a channel), then the classifier
+    convolutions = 8 * 16 * 9 + 16 * 16 * 9 + 8 * 16
+    assert costs.stages[2].active_parameters == convolutions + 3 * 2 * 16
+    assert costs.stages[2].trained_elements == convolutions + 3 * 4 * 16 + 16 * 10 + 10
+    assert costs.stages[2].bytes_up == 4 * costs.stages[2].trained_elements
+    assert [cost.frozen_flops for cost in costs.stages[:1]] == [0]
+
+
+def test_a_full_model_costs_more_than_any_stage() -> None:
+    for batch_size in (32, 128):
+        config = make_config({"model": {"name": "resnet18", "width": 64}, "train": {"batch_size": batch_size}})
+        costs = measure_costs(config, (3, 32, 32), 10)
+        assert all(cost.memory_bytes < costs.full.memory_bytes for cost in costs.stages)
+        assert all(cost.step_flops < costs.full.step_flops for cost in costs.stages)
+
+
+def test_fedavg_has_one_stage_the_full_model() -> None:
+    config = make_config({"method": {"name": "fedavg"}, "model": {"width": 4}})
+    costs = measure_costs(config, (1, 8, 8), 10)
+    assert len(costs.stages) == 1
+    assert costs.stages[0].memory_bytes == costs.full.memory_bytes
