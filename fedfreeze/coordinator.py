@@ -17,17 +17,27 @@ from fedfreeze.select import make_selector
 class Coordinator:
     """Plans each round and judges it. Its state is small and plain; a checkpoint holds all of it."""
 
-    def __init__(self, config: Config, fleet: Fleet, samples: Sequence[int], costs: Costs, world_size: int):
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        samples: Sequence[int],
+        costs: Costs,
+        *,
+        world_size: int = 1,
+        paced: bool = True,
+    ):
         self.config = config
         self.fleet = fleet
         self.samples = samples
         self.costs = costs
         self.world_size = world_size
+        self.policy = config.pace.policy if paced else "fixed"
         self._check_rounds()
         self.eligible = [fleet.eligible(cost.memory_bytes) for cost in costs.stages]
         self._check_stages_fit()
         self.selector = make_selector(config)
-        self.pace = POLICIES[config.pace.policy](
+        self.pace = POLICIES[self.policy](
             config.pace, config.train.rounds, [cost.active_parameters for cost in costs.stages]
         )
         self.round = 0
@@ -43,10 +53,10 @@ class Coordinator:
 
     def _check_rounds(self) -> None:
         stages, rounds = len(self.costs.stages), self.config.train.rounds
-        if self.config.pace.policy in ("fixed", "proportional") and rounds < stages:
+        if self.policy in ("fixed", "proportional") and rounds < stages:
             raise ConfigError(
                 f"train.rounds: {rounds} is less than the {stages} stages, and pace.policy "
-                f"{self.config.pace.policy} gives each at least one round"
+                f"{self.policy} gives each at least one round"
             )
 
     def _check_stages_fit(self) -> None:

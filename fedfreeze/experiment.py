@@ -124,7 +124,10 @@ class Experiment:
 
         def think() -> None:
             costs = measure_costs(config, self.data.image_shape, self.data.num_classes)
-            self.coordinator = Coordinator(config, fleet, [len(part) for part in parts], costs, ranks.world_size)
+            samples = [len(part) for part in parts]
+            self.coordinator = Coordinator(
+                config, fleet, samples, costs, world_size=ranks.world_size, paced=self.method.paced
+            )
 
         ranks.decide(think)
 

@@ -20,6 +20,8 @@ class Method(ABC):
     3. What is deployed? `deployed`.
     """
 
+    paced = True
+    """Whether the pace controller ends its stages; a method without freezing trains for all of `train.rounds`."""
     num_stages: int
     stage_names: tuple[str, ...]
 

@@ -17,6 +17,7 @@ def full_model_stage(blocked: BlockedNetwork, device: torch.device) -> Stage:
 class FedAvg(Method):
     """The whole model at once, under the same caps; with `fleet.enforce=false`, the ideal without memory limits."""
 
+    paced = False
     num_stages = 1
 
     def __init__(self, config: Config, blocked: BlockedNetwork):
