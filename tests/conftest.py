@@ -1,0 +1,62 @@
+"""Shared fixtures: the real CIFAR-10 folder, and tiny Parquet data sets of real PNG images."""
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test may reach for the network
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder() -> Path:
+    """The Parquet files of CIFAR-10, which lie beside the checkout and are not part of it."""
+    folder = ROOT.parent / "shared" / "data" / "cifar10"
+    if not sorted(folder.glob("*.parquet")):
+        pytest.skip(f"the CIFAR-10 Parquet files are not in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def png() -> Callable[[np.ndarray], bytes]:
+    """Encode pixels (height, width) or (height, width, 3) as PNG, which is lossless."""
+    from PIL import Image
+
+    def encode(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def write_parquet(png: Callable[[np.ndarray], bytes]) -> Callable[..., Path]:
+    """Write a Parquet file with the columns `img` (bytes, path) and `label`; pixels are encoded, bytes go as they are."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def write(
+        file: Path,
+        images: Sequence[np.ndarray | bytes | None],
+        labels: Sequence[object],
+        *,
+        image_column: str = "img",
+        label_column: str = "label",
+        metadata: dict[str, str] | None = None,
+    ) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        encoded = [png(image) if isinstance(image, np.ndarray) else image for image in images]
+        rows = [{"bytes": data, "path": f"{index}.png"} for index, data in enumerate(encoded)]
+        kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+        column = pyarrow.array(labels) if len(labels) else pyarrow.array([], pyarrow.int64())
+        table = pyarrow.table({image_column: pyarrow.array(rows, kind), label_column: column})
+        parquet.write_table(table.replace_schema_metadata(metadata), file)
+        return file
+
+    return write

@@ -1,0 +1,119 @@
+"""Starts fedfreeze as its users do, and reads what it leaves behind."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Small enough for a launch to cost little, with everything in it: caps that hold some stages of some devices only,
+# a device without samples is likely, two frozen blocks, and stages that end at different rounds.
+SMALL = {
+    "name": "small",
+    "data": {"name": "digits", "alpha": 0.3},
+    "model": {"name": "resnet8", "width": 8},
+    "fleet": {"devices": 12, "memory_cap_mib": [0.33, 0.4, 0.6, 0.9]},
+    "train": {"rounds": 16, "participants": 6, "local_epochs": 1, "batch_size": 16, "learning_rate": 0.05},
+    "pace": {"policy": "perturbation", "window": 3, "slope_window": 2, "checks": 1, "slope_limit": 0.5},
+    "eval": {"every_rounds": 4},
+}
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def write_config(folder: Path, **sections: Any) -> Path:
+    """Write SMALL, with changes by section, as a YAML file."""
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in SMALL.items()}
+    for section, change in sections.items():
+        values[section] = values.get(section, {}) | change if isinstance(change, dict) else change  # type: ignore[operator]
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def command(config: Path, run_dir: Path, *options: str, ranks: int = 1, torchrun: bool = False) -> list[str]:
+    """Return the command line of a run."""
+    tail = ["run", str(config), "--run-dir", str(run_dir), *options]
+    if torchrun:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        return [*launcher, "-m", "fedfreeze", *tail]
+    return [sys.executable, "-m", "fedfreeze", *tail, "--nproc", str(ranks)]
+
+
+def run(arguments: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run to the end; a run that hangs is killed with all its ranks and fails the test."""
+    process = start(arguments)
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Start in a process group of its own."""
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+
+
+def kill_tree(process: subprocess.Popen[str], signal_number: int = signal.SIGKILL) -> None:
+    """Send a signal to a run and all its ranks at once."""
+    os.killpg(process.pid, signal_number)
+    process.communicate(timeout=60)
+
+
+def rounds_done(run_dir: Path) -> int:
+    """Return how many rounds metrics.jsonl holds."""
+    return sum(record["kind"] == "round" for record in metrics(run_dir))
+
+
+def wait_for_round(process: subprocess.Popen[str], run_dir: Path, number: int, timeout_s: float = 120) -> bool:
+    """Wait until a round is done; False if the run ended before."""
+    deadline = time.monotonic() + timeout_s
+    while rounds_done(run_dir) < number:
+        if process.poll() is not None:
+            return False
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"round {number} was not reached in {timeout_s} s")
+        time.sleep(0.01)
+    return True
+
+
+def sha256(run_dir: Path) -> str:
+    """Return the sha256 of the deployed network."""
+    return hashlib.sha256((run_dir / "model.safetensors").read_bytes()).hexdigest()
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """Return summary.json."""
+    return json.loads((run_dir / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def without_wall_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records of rounds and stages, less what may differ between two runs of the same experiment."""
+    return [
+        {key: value for key, value in record.items() if key != "wall_s"}
+        for record in records
+        if record["kind"] in ("round", "stage")
+    ]

@@ -1,0 +1,145 @@
+"""Killed at random moments and started again: the same result, bit for bit; and nobody is left behind."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launching import (
+    command,
+    kill_tree,
+    metrics,
+    rounds_done,
+    run,
+    sha256,
+    start,
+    summary,
+    wait_for_round,
+    without_wall_time,
+    write_config,
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("resume")
+    config = write_config(folder)
+    assert run(command(config, folder / "whole")).returncode == 0
+    return config, folder / "whole"
+
+
+def test_killed_three_times_at_random_moments(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = uninterrupted
+    total = rounds_done(whole)
+    generator = random.Random(0)
+    killed = 0
+    for ranks in (1, 2, 3):
+        process = start(command(config, tmp_path / "run", ranks=ranks))
+        done = rounds_done(tmp_path / "run")
+        assert wait_for_round(process, tmp_path / "run", done + generator.randint(1, max(1, total // 4)))
+        time.sleep(generator.random() * 0.3)  # anywhere in a round, a checkpoint or a stage change
+        if process.poll() is None:
+            kill_tree(process)
+            killed += 1
+    assert killed == 3
+    assert summary(tmp_path / "run")["status"] == "running"
+    last = run(command(config, tmp_path / "run", ranks=2))
+    assert last.returncode == 0, last.stderr
+    assert "notice: took over the lock of pid" in last.stdout
+    assert "notice: resumed after round" in last.stdout
+    assert sha256(tmp_path / "run") == sha256(whole)
+    assert without_wall_time(metrics(tmp_path / "run")) == without_wall_time(metrics(whole))
+    for key in ("final_accuracy", "best_accuracy", "bytes_total", "mean_memory_mib", "participation", "rounds"):
+        assert summary(tmp_path / "run")[key] == summary(whole)[key]
+
+
+def test_torn_newest_checkpoint_falls_back(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = uninterrupted
+    process = start(command(config, tmp_path / "run"))
+    assert wait_for_round(process, tmp_path / "run", 4)
+    kill_tree(process)
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("round-*"))[-1]
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = run(command(config, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert f"notice: checkpoint {newest.name} is torn" in result.stdout
+    assert sha256(tmp_path / "run") == sha256(whole)
+    assert without_wall_time(metrics(tmp_path / "run")) == without_wall_time(metrics(whole))
+
+
+def ranks_of(process_id: int) -> list[int]:
+    children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def alive(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def all_gone(process_ids: list[int], timeout_s: float = 30) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while any(alive(one) for one in process_ids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train={"rounds": 500}, pace={"policy": "fixed"})
+    process = start(command(config, tmp_path / "run", ranks=2))
+    assert wait_for_round(process, tmp_path / "run", 1)
+    ranks = ranks_of(process.pid)
+    assert len(ranks) == 2
+    process.kill()  # the parent alone
+    process.communicate(timeout=60)
+    assert all_gone(ranks)
+
+
+def test_a_killed_rank_ends_all_with_76_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train={"rounds": 9}, pace={"policy": "fixed"})
+    process = start(command(config, tmp_path / "run", ranks=3))
+    assert wait_for_round(process, tmp_path / "run", 2)
+    ranks = ranks_of(process.pid)
+    os.kill(ranks[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 76
+    assert all_gone(ranks)
+    assert err.count("fedfreeze: error:") == 1
+    assert "rank 0 on " in err
+    assert summary(tmp_path / "run")["exit_code"] == 76
+    assert run(command(config, tmp_path / "run", ranks=2)).returncode == 0
+
+
+def test_interrupt_leaves_with_130_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train={"rounds": 9}, pace={"policy": "fixed"})
+    process = start(command(config, tmp_path / "run", ranks=2))
+    assert wait_for_round(process, tmp_path / "run", 2)
+    ranks = ranks_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert all_gone(ranks)
+    found = summary(tmp_path / "run")
+    assert (found["status"], found["exit_code"]) == ("preempted", 130)
+    assert run(command(config, tmp_path / "run")).returncode == 0
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train={"rounds": 500}, pace={"policy": "fixed"})
+    process = start(command(config, tmp_path / "run"))
+    assert wait_for_round(process, tmp_path / "run", 1)
+    second = run(command(config, tmp_path / "run", ranks=2))
+    assert process.poll() is None
+    kill_tree(process)
+    assert second.returncode == 64
+    assert second.stderr.count("fedfreeze: error:") == 1
+    assert f"in use by pid {process.pid}" in second.stderr
