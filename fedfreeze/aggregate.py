@@ -10,8 +10,8 @@ _LIMIT_BITS = 10
 def fraction_bits(largest_weight_sum: int) -> int:
     """Return the bits after the binary point with which a sum of weights up to this cannot overflow.
 
-    Example: 10 devices of 500 samples, 5,000 in sum, need 13 bits, 10 are for UPDATE_LIMIT, 1 is the sign: 39 are left,
-    a resolution of 2e-12.
+    Example: 10 devices of 500 samples, 5,000 in sum, need 13 bits, UPDATE_LIMIT 10, and the sign and one to spare 2: of
+    64 bits 39 are left, a resolution of 2e-12.
     """
     return 62 - _LIMIT_BITS - max(1, largest_weight_sum).bit_length()
 
@@ -54,7 +54,7 @@ class UpdateSum:
 
     def mean(self, weight_sum: int) -> torch.Tensor:
         """Return the weighted mean update, float32; zero where no device contributed."""
-        weights = self.count.double() if self.count is not None else torch.tensor(float(weight_sum))
+        weights = self.count.double() if self.count is not None else torch.tensor(weight_sum, dtype=torch.float64)
         total = self.total.double()
         if self.exact:
             total *= 2.0**-self.bits

@@ -90,10 +90,13 @@ class CheckpointStore:
         Raises DataError if there are checkpoints but none can be read, or one is of a newer version.
         """
         candidates = self._rounds()[::-1]
-        for folder in candidates:
+        for i, folder in enumerate(candidates):
             try:
-                return self._load(folder)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                found = self._load(folder)
+                for torn in candidates[:i]:  # they must not take the place of whole ones among those that are kept
+                    shutil.rmtree(torn, ignore_errors=True)
+                return found
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 self.notice(f"checkpoint {folder.name} is torn ({str(error)[:120]}); trying the one before")
         if candidates:
             raise DataError(
@@ -129,8 +132,9 @@ class CheckpointStore:
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.write_bytes(serialise_numpy({"update": update}))
             _sync(temporary)
-            self._update_digests[number] = _digest(temporary)
+            digest = _digest(temporary)
             temporary.rename(path)
+            self._update_digests[number] = digest
         return number, self._update_digests[number]
 
     def _update_path(self, number: int) -> Path:

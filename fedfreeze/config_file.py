@@ -25,17 +25,27 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader above would take for a number, such as a run called 1e3."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+# What PyYAML and json raise, beside their own errors, for values that refer to themselves or are nested too deep.
+_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError)
 
 
 def shipped_experiments() -> dict[str, Path]:
@@ -49,7 +59,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, on one line, for anything that is not exactly a configuration.
     """
-    values = _read_yaml(_find(source))
+    values = read_yaml(_find(source))
     values.setdefault("name", Path(source).stem)
     for override in overrides:
         _apply_override(values, override)
@@ -61,7 +71,11 @@ def make_config(values: dict[str, Any]) -> Config:
     _check_known_keys(values)
     try:
         # as JSON: there, strict still takes a mapping for a section and a whole number for a float
-        config = TypeAdapter(Config).validate_json(json.dumps(values, default=str))
+        text = json.dumps(values, default=str)
+    except _UNREADABLE as error:
+        raise ConfigError(f"the configuration holds a value that is none: {one_line(error)[:120]}") from None
+    try:
+        config = TypeAdapter(Config).validate_json(text)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
     _check_rules(config)
@@ -71,6 +85,11 @@ def make_config(values: dict[str, Any]) -> Config:
 def config_values(config: Config) -> dict[str, Any]:
     """Return the configuration as plain nested values, as `config.yaml` holds them."""
     return asdict(config)
+
+
+def dump_config(config: Config) -> str:
+    """Return the configuration as YAML that `load_config` reads back to the same values."""
+    return yaml.dump(config_values(config), Dumper=_Dumper, sort_keys=False)
 
 
 def config_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -94,7 +113,11 @@ def _find(source: str) -> Path:
         return shipped[source]
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or "/" in source:
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except OSError as error:
+            raise ConfigError(f"configuration file {source[:80]} cannot be read: {error.strerror}") from None
+        if not found:
             raise ConfigError(f"configuration file {source} does not exist")
         return path
     raise ConfigError(
@@ -103,17 +126,21 @@ def _find(source: str) -> Path:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the values of a configuration file, not checked against the schema. Raises ConfigError."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"{path} is not YAML: {one_line(error)}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     if values is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections (key: value), not {type(values).__name__}")
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(_unknown(str(key), _TOP_LEVEL, "key"))
     return values
 
 
@@ -127,7 +154,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(_unknown(section, list(_SECTIONS), "section"))
     try:
         value = yaml.load(raw, Loader=_Loader) if raw else ""
-    except (yaml.YAMLError, ValueError):
+    except _UNREADABLE:
         value = raw
     if not dot:
         if section in _SECTIONS:
@@ -135,7 +162,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         # a run may be called 007: names are text however they look
         values[section] = raw if section == "name" else value
         return
-    target = values.setdefault(section, {})
+    if values.get(section) is None:  # `train:` with nothing under it means all defaults
+        values[section] = {}
+    target = values[section]
     if not isinstance(target, dict):
         raise ConfigError(f"{section}: must be a section with keys, not {target!r}")
     target[field] = value
@@ -152,13 +181,23 @@ def _check_known_keys(values: dict[str, Any]) -> None:
                 raise ConfigError(f"{key}: must be a section with keys, not {value!r}")
             known = [field.name for field in fields(_SECTIONS[key])]
             for name in value:
+                _check_plain(f"{key}.{name}", value[name])
                 if name not in known:
                     raise ConfigError(_unknown(f"{key}.{name}", [f"{key}.{other}" for other in known], "key"))
     for key in [key for key, value in values.items() if key in _SECTIONS and value is None]:
         del values[key]  # `train:` with nothing under it means all defaults
 
 
+def _check_plain(key: str, value: Any) -> None:
+    """Refuse what YAML can say and a configuration cannot hold: values within themselves, halves of characters."""
+    try:
+        json.dumps(value, default=str, ensure_ascii=False).encode()
+    except _UNREADABLE as error:
+        raise ConfigError(f"{key}: no number, text or list of these: {one_line(error)[:120]}") from None
+
+
 def _unknown(key: str, known: list[str], what: str) -> str:
+    key = " ".join(key.split())
     return f"unknown {what} {key}{_nearest(key, known)}; allowed: {', '.join(known)}"
 
 

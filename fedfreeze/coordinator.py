@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedfreeze.aggregate import fraction_bits
@@ -32,14 +33,13 @@ class Coordinator:
         self.samples = samples
         self.costs = costs
         self.world_size = world_size
-        self.policy = config.pace.policy if paced else "fixed"
+        pace = config.pace if paced else replace(config.pace, policy="fixed", max_rounds=None)
+        self.policy = pace.policy
         self._check_rounds()
         self.eligible = [fleet.eligible(cost.memory_bytes) for cost in costs.stages]
         self._check_stages_fit()
         self.selector = make_selector(config)
-        self.pace = POLICIES[self.policy](
-            config.pace, config.train.rounds, [cost.active_parameters for cost in costs.stages]
-        )
+        self.pace = POLICIES[self.policy](pace, config.train.rounds, [cost.active_parameters for cost in costs.stages])
         self.round = 0
         self.stage = 0
         self.stage_round = 0

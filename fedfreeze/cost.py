@@ -76,7 +76,7 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: Shape) -> 
     labels = torch.zeros(batch, dtype=torch.int64)
     memory = count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
     step_flops = _flops(lambda: trainer.step(images, labels))
-    frozen_flops = _flops(lambda: _frozen_forward(stage, images)) if len(stage.frozen) else 0
+    frozen_flops = _flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
     return StageCost(
         name=name,
         memory_bytes=memory,
@@ -86,12 +86,6 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: Shape) -> 
         active_parameters=stage.flat.active_parameters,
         frozen_elements=stage.frozen_elements,
     )
-
-
-def _frozen_forward(stage: Stage, images: torch.Tensor) -> None:
-    with torch.no_grad():
-        for block in stage.frozen:
-            images = block(images)
 
 
 def _flops(run: Callable[[], object]) -> int:

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import yaml
 from safetensors.torch import load_file
 from torch import nn
 
 from fedfreeze.blocks import build_network
-from fedfreeze.config_file import make_config
+from fedfreeze.config_file import load_config
 from fedfreeze.errors import DataError
 from fedfreeze.methods import make_method
 
@@ -18,12 +17,11 @@ def load_model(run_dir: str | Path) -> nn.Module:
     folder = Path(run_dir)
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a run folder: {error}") from None
     if summary.get("status") != "finished":
         raise DataError(f"the run in {folder} is {summary.get('status')}, not finished; run it to the end first")
-    config = make_config(values)
+    config = load_config(str(folder / "config.yaml"))
     channels, height, width = summary["image_shape"]
     blocked = build_network(config.model, (channels, height, width), summary["num_classes"], config.seed)
     network = make_method(config, blocked).deployed(summary["deployed_stage"])

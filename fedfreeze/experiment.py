@@ -1,5 +1,7 @@
 """The program of one rank: set up, resume, rounds, stage changes, end."""
 
+import contextlib
+import ctypes
 import socket
 import time
 import traceback
@@ -51,6 +53,7 @@ def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> i
     # set before anything computes: the bits depend on it, and launchers set it to all sorts of values
     torch.set_num_threads(config.train.threads_per_rank)
     device = choose_device(config, launch)
+    keep_freed_memory()
     ranks = Ranks(launch, device, config.comm.timeout_s)
     folder = RunFolder(run_dir)
     history = None
@@ -67,6 +70,20 @@ def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> i
         raise
     finally:
         folder.close()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what torch frees on the CPU, for the next step to use.
+
+    By default each step gives its activations back to the kernel and gets them again page by page: 2,500 page faults a
+    step of ResNet-10 (width 16, batch 32), an eighth of the system's time. The process then stays as large as its peak.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2
+    with contextlib.suppress(OSError, AttributeError):  # another C library: only slower
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 64 * 2**20)
 
 
 def choose_device(config: Config, launch: Launch) -> torch.device:

@@ -34,8 +34,10 @@ def make_fleet(config: FleetConfig, seed: int) -> Fleet:
     """Draw or read the caps. Raises ConfigError."""
     caps_mib = _caps_mib(config, seed)
     for device, cap in enumerate(caps_mib):
-        if not (math.isfinite(cap) and cap > 0):
-            raise ConfigError(f"fleet.memory_cap_mib: device {device} has {cap} MiB; a cap must be more than 0")
+        if not (math.isfinite(cap * MIB) and cap > 0):
+            raise ConfigError(
+                f"fleet.memory_cap_mib: device {device} has {cap} MiB; a cap must be more than 0 and finite"
+            )
     caps = tuple(int(cap * MIB) if config.enforce else None for cap in caps_mib)
     return Fleet(caps)
 

@@ -7,10 +7,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedfreeze.config import Config
-from fedfreeze.config_file import config_difference, config_values
+from fedfreeze.config_file import config_difference, config_values, dump_config, read_yaml
 from fedfreeze.errors import ConfigError, storage_error
 
 
@@ -24,6 +22,7 @@ class RunFolder:
         self.model_path = path / "model.safetensors"
         self._lock_path = path / "lock"
         self._locked = False
+        self._made: list[Path] = []
 
     def open(self, config: Config) -> list[str]:
         """Create or take the folder, lock it and hold its configuration against ours. Return notices for the user.
@@ -33,6 +32,7 @@ class RunFolder:
         Raises ConfigError if it is in use or belongs to another configuration, StorageError if it cannot be written.
         """
         try:
+            self._made = [parent for parent in (self.path, *self.path.parents) if not parent.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             notices = self._lock()
         except OSError as error:
@@ -50,13 +50,14 @@ class RunFolder:
             self._lock_path.unlink(missing_ok=True)
             self._locked = False
             with contextlib.suppress(OSError):  # not empty: a run has begun in it
-                self.path.rmdir()
+                for folder in self._made:
+                    folder.rmdir()
 
     def claim(self, config: Config) -> None:
         """Write config.yaml: from now on the folder belongs to this run. Raises StorageError."""
         path = self.path / "config.yaml"
         try:
-            write_whole(path, yaml.safe_dump(config_values(config), sort_keys=False))
+            write_whole(path, dump_config(config))
         except OSError as error:
             raise storage_error("write", path, error) from None
 
@@ -84,7 +85,10 @@ class RunFolder:
         try:
             holder = json.loads(self._lock_path.read_text())
         except (OSError, ValueError):
-            holder = {}  # a kill between creating and writing it
+            holder = None
+        if not isinstance(holder, dict):  # a kill between creating and writing it
+            self._lock_path.unlink(missing_ok=True)
+            return "took over an unreadable lock"
         host, pid = holder.get("host", "?"), holder.get("pid")
         if host not in ("?", socket.gethostname()):
             raise ConfigError(
@@ -101,11 +105,11 @@ class RunFolder:
         ours = config_values(config)
         if path.exists():
             try:
-                theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, OSError, UnicodeDecodeError):
-                theirs = None
-            if not isinstance(theirs, dict):
-                raise ConfigError(f"{path} is not a configuration; delete the run folder or use another --run-dir")
+                theirs = read_yaml(path)
+                if not theirs:
+                    raise ConfigError(f"{path} is empty")
+            except ConfigError as error:
+                raise ConfigError(f"{error}; delete the run folder or use another --run-dir") from None
             difference = config_difference(theirs, ours)
             if difference:
                 raise ConfigError(
@@ -160,11 +164,15 @@ class RunFolder:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name and rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _process_start(pid: int) -> str | None:

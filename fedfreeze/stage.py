@@ -1,6 +1,6 @@
 """What a device trains in one stage: frozen prefix, active block, output module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -37,6 +37,7 @@ class Stage(nn.Module):
         self.frozen = _on(nn.ModuleList(frozen), device).requires_grad_(False)
         self.active = _on(active, device)
         self.output_module = _on(output_module, device)
+        self._frozen_chain = list(leaves_in_order(self.frozen))
         self.flat = FlatPart(self.active, self.output_module, device)
         self.train()
 
@@ -48,10 +49,14 @@ class Stage(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (batch, channels, height, width) to logits (batch, classes)."""
+        return self.output_module(self.active(self.frozen_forward(images)))
+
+    def frozen_forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images to what the frozen prefix puts out, without gradients."""
         with torch.no_grad():
-            for block in self.frozen:
-                images = block(images)
-        return self.output_module(self.active(images))
+            for module in self._frozen_chain:
+                images = module(images)
+        return images
 
     def held_tensors(self) -> list[torch.Tensor]:
         """Return what a device holds between steps: all parameters and buffers of the stage."""
@@ -62,6 +67,19 @@ class Stage(nn.Module):
         """Number of float elements of the frozen prefix."""
         tensors = [*self.frozen.parameters(), *self.frozen.buffers()]
         return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+
+
+def leaves_in_order(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules that run, in order, with nested Sequentials unfolded.
+
+    A Sequential inside a Sequential holds its own input until its last child is done. In a forward pass without
+    gradients that is a whole activation more than is needed (32 MiB in ResNet-18 at batch 128).
+    """
+    for module in modules:
+        if isinstance(module, nn.Sequential):
+            yield from leaves_in_order(module)
+        else:
+            yield module
 
 
 def _on(module: M, device: torch.device) -> M:

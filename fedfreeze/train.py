@@ -62,6 +62,10 @@ class Emulator:
             return DeviceReport(
                 assignment.device, len(rows), failed=str(error), out_of_memory=True, peak_bytes=error.needed_bytes
             )
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # torch's words where batch norm sees one value
+                raise
+            return DeviceReport(assignment.device, len(rows), failed="a batch too small for batch normalisation")
         if report.failed is None:
             change = self.stage.flat.buffer - self.values
             if not usable(change):

@@ -37,7 +37,7 @@ def png() -> Callable[[np.ndarray], bytes]:
 
 @pytest.fixture(scope="session")
 def write_parquet(png: Callable[[np.ndarray], bytes]) -> Callable[..., Path]:
-    """Write a Parquet file with the columns `img` (bytes, path) and `label`; pixels are encoded, bytes go as they are."""
+    """Write a Parquet file with the columns `img` (bytes, path) and `label`; encode pixels, take bytes as they are."""
     import pyarrow
     from pyarrow import parquet
 

@@ -31,7 +31,7 @@ def training_batches(
     for _ in range(epochs):
         order = torch.randperm(len(rows), generator=shuffle)
         for chosen in order.split(batch_size):
-            if len(chosen) == 1 and len(rows) > 1:
+            if len(chosen) == 1 < batch_size and len(rows) > 1:
                 continue
             images = augment_batch(pixels[chosen].to(device), augment, augmentation)
             yield normalise(images, data.mean, data.std), labels[chosen].to(device)

@@ -1,9 +1,11 @@
 """Where images come from: a registry of sources, each a stream of (image, label) for every split."""
 
+import glob
 import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,7 +66,10 @@ class HuggingFace:
         if not self.is_local:
             return f"hub:{self.location}"
         files = _data_files(Path(self.location))
-        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        try:
+            facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        except OSError as error:
+            raise DataError(f"data {self.location}: {error.filename} cannot be read: {error.strerror}") from None
         return json.dumps([os.path.realpath(self.location), facts])
 
     def splits(self) -> dict[str, Iterator[Sample]]:
@@ -75,8 +80,7 @@ class HuggingFace:
             found = next((name for name in names if name in loaded), None)
             if found is None:
                 raise DataError(
-                    f"data {self.location} has no {split} split (found: {', '.join(loaded) or 'none'}); "
-                    f"name the files {split}-*.parquet"
+                    f"no {split} split (found: {', '.join(loaded) or 'none'}); name the files {split}-*.parquet"
                 )
             streams[split] = self._samples(loaded[found], split)
         return streams
@@ -91,16 +95,14 @@ class HuggingFace:
         try:
             if self.is_local:
                 files = [str(file) for file in _data_files(Path(self.location))]
-                by_split = {
-                    split: [f for f in files if Path(f).name.lower().startswith(SPLITS[split])] for split in SPLITS
-                }
-                present = {split: found for split, found in by_split.items() if found}
+                present = {name: _named(files, name) for names in SPLITS.values() for name in names}
+                present = {name: [glob.escape(file) for file in found] for name, found in present.items() if found}
                 # streaming: no second copy of the data in another cache
                 return datasets.load_dataset("parquet", data_files=present, streaming=True) if present else {}
             return datasets.load_dataset(self.location, streaming=True)
         except Exception as error:  # every reader below `datasets` has errors of its own
             hint = "" if self.is_local else "; without a network give --data.path=FOLDER of Parquet files"
-            raise DataError(f"data {self.location} cannot be read: {one_line(error)[:200]}{hint}") from None
+            raise DataError(f"it cannot be read: {one_line(error)[:200]}{hint}") from None
 
     def _samples(self, rows: Any, split: str) -> Iterator[Sample]:
         mode = None
@@ -117,8 +119,7 @@ class HuggingFace:
                 yield image, label
         except Exception as error:  # a torn file or image: name the place, whatever the reader calls it
             raise DataError(
-                f"data {self.location}, split {split}, row {row + 1}: {one_line(error)[:200]}; "
-                "check or fetch the files again"
+                f"split {split}, row {row + 1}: {one_line(error)[:200]}; check or fetch the files again"
             ) from None
 
 
@@ -145,6 +146,11 @@ def _data_files(folder: Path) -> list[Path]:
     return files
 
 
+def _named(files: list[str], split: str) -> list[str]:
+    """Return the files of a split: its name, then an end or something that is not a letter (`val` is not `valid`)."""
+    return [file for file in files if re.match(rf"{split}(?![a-z])", Path(file).name.lower())]
+
+
 def _column(record: dict[str, Any], names: tuple[str, ...], what: str, location: str) -> str:
     found = next((name for name in names if name in record), None)
     if found is None:
@@ -162,6 +168,9 @@ def _decode(value: Any, mode: str | None) -> tuple[np.ndarray, str]:
             raise DataError("the image has no bytes")
         value = Image.open(io.BytesIO(data))
     if mode is None:
-        mode = "L" if value.mode in ("1", "L", "I", "I;16", "F") else "RGB"
-    pixels = np.asarray(value.convert(mode), dtype=np.uint8)
+        mode = "L" if value.mode in ("1", "L", "LA") or value.mode.startswith("I") else "RGB"
+    if value.mode.startswith("I") and mode == "L":  # 16-bit grey: Pillow's own conversion would clip at 255
+        pixels = (np.asarray(value).astype(np.int64) >> 8).astype(np.uint8)
+    else:
+        pixels = np.asarray(value.convert(mode), dtype=np.uint8)
     return (pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))), mode

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-import tempfile
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,19 +67,29 @@ def prepare(config: DataConfig) -> Path:
     temporary = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
-        _write_store(source.splits(), temporary)
+        temporary = final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}")
+        temporary.mkdir()  # not by mkdtemp, whose folders are closed to colleagues
         try:
-            temporary.rename(final)
-        except OSError:
-            if not (final / "meta.json").is_file():  # lost the race against another process: its store serves
-                raise
+            _write_store(source.splits(), temporary)
+        except DataError as error:
+            raise DataError(f"data {config.path or config.name}: {error}") from None
+        _move_into_place(temporary, final)
     except OSError as error:
         raise storage_error("write decoded data to", final.parent, error) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    try:
+        temporary.rename(final)
+    except OSError:
+        if (final / "meta.json").is_file():
+            return  # lost the race against another process: its store serves
+        shutil.rmtree(final, ignore_errors=True)  # somebody deleted a part of it
+        temporary.rename(final)
 
 
 def open_store(folder: Path) -> Data:
@@ -92,7 +103,7 @@ def open_store(folder: Path) -> Data:
             images = np.memmap(folder / f"{name}.images.u8", np.uint8, mode="r", shape=(len(labels), *shape))
             splits[name] = Split(images, labels)
         return Data(splits["train"], splits["test"], meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"decoded data in {folder} is damaged ({error}); delete that folder and run again") from None
 
 
