@@ -12,6 +12,7 @@ import fedfreeze
 from fedfreeze.config import Config
 from fedfreeze.config_file import load_config, shipped_experiments
 from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line
+from fedfreeze.launcher import detect_launch, run_local_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,16 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config: Config, options: argparse.Namespace) -> int:
-    from fedfreeze.experiment import run_rank
-    from fedfreeze.launcher import detect_launch, run_local_ranks
-
     launch = detect_launch(os.environ)
     run_dir = Path(options.run_dir or Path("runs") / config.name)
+    if options.nproc > 1 and launch.launcher != "none":
+        raise ConfigError(f"--nproc {options.nproc} under {launch.launcher}, which starts the ranks itself; drop it")
+
+    from fedfreeze.experiment import run_rank  # not before: it imports torch, and a mistake is told in less time
+
     if options.nproc > 1:
-        if launch.launcher != "none":
-            raise ConfigError(
-                f"--nproc {options.nproc} under {launch.launcher}, which starts the ranks itself; drop it"
-            )
         return run_local_ranks(options.nproc, lambda local: run_rank(config, run_dir, local))
     return run_rank(config, run_dir, launch)
 

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ class HuggingFace:
         except ImportError:
             raise UnavailableError("reading Parquet needs the package `datasets`; pip install datasets") from None
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # a user's error is one line, and it is ours
         try:
             if self.is_local:
                 files = [str(file) for file in _data_files(Path(self.location))]
