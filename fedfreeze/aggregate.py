@@ -23,13 +23,11 @@ class UpdateSum:
     of float32. Methods that train a part of the elements on some devices use `counted` and `index`.
     """
 
-    def __init__(
-        self, elements: int, bits: int, *, exact: bool = True, counted: bool = False, device: str | torch.device = "cpu"
-    ):
+    def __init__(self, elements: int, bits: int, *, exact: bool = True, counted: bool = False):
         self.bits = bits
         self.exact = exact
-        self.total = torch.zeros(elements, dtype=torch.int64 if exact else torch.float32, device=device)
-        self.count = torch.zeros(elements, dtype=torch.int64, device=device) if counted else None
+        self.total = torch.zeros(elements, dtype=torch.int64 if exact else torch.float32)
+        self.count = torch.zeros(elements, dtype=torch.int64) if counted else None
 
     def add(self, update: torch.Tensor, weight: int, index: torch.Tensor | None = None) -> None:
         """Add one device's update (flat float32); `index` says where its elements belong, None: everywhere."""

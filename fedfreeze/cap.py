@@ -116,7 +116,7 @@ class MemoryCap(ABC):
 
     @abstractmethod
     def begin_stage(self) -> None:
-        """Note what the emulator itself holds, before any tensor of the stage's device is made."""
+        """Note what the process holds before any tensor of the stage's device is made; it comes on top of each cap."""
 
     def step(
         self,

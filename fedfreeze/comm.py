@@ -79,15 +79,16 @@ class Ranks:
         return [json.loads(other.numpy().tobytes()) for other in bodies]
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Collective: every rank must call this. Sum a flat tensor over the ranks, in place."""
+        """Collective: every rank must call this. Sum a flat host tensor over the ranks, in place.
+
+        With a GPU a rank it travels by NCCL through the GPU, between two devices and so outside every cap.
+        """
         if self.world_size == 1:
             return
-        if tensor.device.type == "cuda" and self.backend == "gloo":
-            host = tensor.cpu()
-            self._run("all-reduce", lambda: dist.all_reduce(host))
-            tensor.copy_(host)
-        else:
-            self._run("all-reduce", lambda: dist.all_reduce(tensor))
+        carried = tensor.to(self.device) if self.backend == "nccl" else tensor
+        self._run("all-reduce", lambda: dist.all_reduce(carried))
+        if carried is not tensor:
+            tensor.copy_(carried)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Collective: every rank must call this. Overwrite a host tensor with rank 0's, in place."""

@@ -58,6 +58,12 @@ class Stage(nn.Module):
                 images = module(images)
         return images
 
+    def leave(self) -> None:
+        """End the stage: storage of its own for every tensor, all of it on the host."""
+        self.flat.release()
+        for part in (self.frozen, self.active, self.output_module):
+            _on(part, torch.device("cpu"))
+
     def held_tensors(self) -> list[torch.Tensor]:
         """Return what a device holds between steps: all parameters and buffers of the stage."""
         return [*self.parameters(), *self.buffers()]

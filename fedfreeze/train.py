@@ -29,14 +29,18 @@ class Emulator:
         self.stage: Stage
         self.trainer: LocalTrainer
         self.values: torch.Tensor
-        """The global values of the stage's flat buffer; the same bits on every rank."""
+        """The global values of the stage's flat buffer, the same bits on every rank.
+
+        They and the sum stay on the host, so that a GPU holds nothing but the device that is emulated: what its
+        allocator reserves is then what the cap is about.
+        """
 
     def enter_stage(self, index: int) -> None:
         """Build the stage's network; the values it starts from are those in the method's modules."""
         self.cap.begin_stage()
         self.stage = self.method.enter_stage(index, self.device)
         self.trainer = LocalTrainer(self.stage, self.config.train)
-        self.values = self.stage.flat.buffer.clone()
+        self.values = self.stage.flat.buffer.to("cpu", copy=True)
         self.has_batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.stage.modules())
 
     def leave_stage(self) -> None:
@@ -67,7 +71,7 @@ class Emulator:
                 raise
             return DeviceReport(assignment.device, len(rows), failed="a batch too small for batch normalisation")
         if report.failed is None:
-            change = self.stage.flat.buffer - self.values
+            change = self.stage.flat.buffer.cpu() - self.values
             if not usable(change):
                 return DeviceReport(
                     assignment.device,

@@ -71,3 +71,28 @@ def test_fedavg_has_one_stage_the_full_model() -> None:
     costs = measure_costs(config, (1, 8, 8), 10)
     assert len(costs.stages) == 1
     assert costs.stages[0].memory_bytes == costs.full.memory_bytes
+
+
+@pytest.mark.parametrize("method_name", ["smartfreeze", "fedavg"])
+def test_count_agrees_with_torchs_own_memory_tracker(method_name: str) -> None:
+    """An independent count of the same step: torch's MemTracker, within 2 %. (It cannot follow a frozen prefix.)"""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    shape = (3, 32, 32)
+    config = make_config(
+        {
+            "model": {"name": "resnet10", "width": 16},
+            "method": {"name": method_name},
+            "train": {"batch_size": 16, "momentum": 0.0},
+        }
+    )
+    stage = make_method(config, build_network(config.model, shape, 10, 0)).enter_stage(0, CPU)
+    predicted = measure_costs(config, shape, 10).stages[0].memory_bytes
+    trainer = LocalTrainer(stage, config.train)
+    images, labels = torch.randn(16, *shape), torch.randint(0, 10, (16,))
+    tracker = MemTracker()
+    tracker.track_external(stage, images, labels)
+    with tracker:
+        trainer.step(images, labels)
+    tracked = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+    assert predicted == pytest.approx(tracked, rel=0.02)

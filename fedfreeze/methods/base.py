@@ -38,8 +38,8 @@ class Method(ABC):
         """Return the stage's network on `device`, its trainable part as views of one flat buffer."""
 
     def leave_stage(self, stage: Stage) -> None:
-        """Freeze what the stage trained: its values stay in the network, in storage of their own."""
-        stage.flat.release()
+        """Freeze what the stage trained: its values stay in the network, on the host, in storage of their own."""
+        stage.leave()
 
     def part_index(self, stage: Stage, cap_bytes: int | None) -> torch.Tensor | None:
         """Return the positions, in the flat buffer, that a device of this cap trains; None: all of them."""
@@ -51,7 +51,7 @@ class Method(ABC):
     def empty_sum(self, stage: Stage, bits: int) -> UpdateSum:
         """Return the sum to which this rank's devices add."""
         exact = self.config.method.sum == "exact"
-        return UpdateSum(len(stage.flat), bits, exact=exact, counted=self.counted, device=stage.flat.buffer.device)
+        return UpdateSum(len(stage.flat), bits, exact=exact, counted=self.counted)
 
     def weight(self, samples: int) -> int:
         """Return a device's weight in the average."""
