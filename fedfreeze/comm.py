@@ -20,6 +20,7 @@ class Ranks:
     """This process among its equals. With one rank, no process group is made and every collective is local."""
 
     def __init__(self, launch: Launch, device: torch.device, timeout_s: float):
+        """Collective: every rank must call this. Join the process group. Raises RankLostError."""
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank

@@ -32,7 +32,10 @@ from fedfreeze.train import Emulator
 
 
 def run_rank(config: Config, run_dir: Path, launch: Launch) -> int:
-    """Run an experiment as one of its ranks, to the end; return the exit code. Errors are told once, by rank 0."""
+    """Collective: every rank must call this. Run an experiment to the end and return the exit code.
+
+    Errors are told once, by rank 0.
+    """
     reporter = Reporter(quiet=launch.rank != 0)
     try:
         return _run(config, run_dir, launch, reporter)
@@ -50,6 +53,7 @@ def run_rank(config: Config, run_dir: Path, launch: Launch) -> int:
 
 
 def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> int:
+    """Collective: every rank must call this. Set up, train, and leave the group and the folder in order."""
     # set before anything computes: the bits depend on it, and launchers set it to all sorts of values
     torch.set_num_threads(config.train.threads_per_rank)
     device = choose_device(config, launch)
@@ -124,6 +128,7 @@ class Experiment:
         reporter: Reporter,
         history: History | None,
     ):
+        """Collective: every rank must call this. Prepare data, devices, network and, on rank 0, the coordinator."""
         self.config = config
         self.folder = folder
         self.ranks = ranks
