@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import fedfreeze
 from fedfreeze.config import Config
@@ -63,34 +63,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedfreeze {fedfreeze.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    shipped = f"a YAML file or a shipped experiment ({', '.join(shipped_experiments())})"
-
-    run = commands.add_parser(
-        "run",
-        help="train (or go on, or say that it is done)",
-        description="Train under any launcher or none. A run folder with checkpoints goes on where it was.",
-        epilog=f"{_config_help()}\n\n{exit_code_help()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    run.add_argument("config", metavar="CONFIG", help=shipped)
+    run = _add_command(commands, "run", _run, "train, or go on where the run folder's checkpoint is")
     run.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
     run.add_argument(
         "--nproc", type=_positive, default=1, metavar="N", help="start N ranks on this machine (default 1)"
     )
-    run.set_defaults(command=_run)
+    plan = _add_command(commands, "plan", _plan, "what each stage needs and which devices can join; nothing is trained")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
 
-    plan = commands.add_parser(
-        "plan",
-        help="what each stage needs and which devices can join; nothing is trained",
+
+def _add_command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+    """Add a command that takes a configuration."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"{_config_help()}\n\n{exit_code_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    plan.add_argument("config", metavar="CONFIG", help=shipped)
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    plan.set_defaults(command=_plan)
-    return parser
+    shipped = ", ".join(shipped_experiments())
+    command.add_argument("config", metavar="CONFIG", help=f"a YAML file, or a shipped experiment: {shipped}")
+    command.set_defaults(command=function)
+    return command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,9 +132,16 @@ def _config_help() -> str:
     for field in fields(Config):
         info = described[field.name]
         if not is_dataclass(field.type):
-            lines.append(f"  --{field.name}={info.default}\n      {one_line(Exception(info.description or ''))}")
+            lines.append(f"  --{field.name}={_as_yaml(info.default)}\n      {info.description}")
             continue
         for name, inner in field.type.__pydantic_fields__.items():  # type: ignore[union-attr]
-            text = one_line(Exception(inner.description or "")).replace("%", "%%")
-            lines.append(f"  --{field.name}.{name}={inner.default}\n      {text}")
+            text = " ".join((inner.description or "").split()).replace("%", "%%")
+            choices = get_args(inner.annotation) if get_origin(inner.annotation) is Literal else ()
+            allowed = f" [{' | '.join(choices)}]" if choices else ""
+            lines.append(f"  --{field.name}.{name}={_as_yaml(inner.default)}{allowed}\n      {text}")
     return "\n".join(lines)
+
+
+def _as_yaml(value: Any) -> str:
+    """Return a default as the user would write it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

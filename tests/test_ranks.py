@@ -138,3 +138,21 @@ def test_log_has_one_line_a_round(tmp_path: Path) -> None:
     assert [line.split()[1] for line in lines] == ["1", "2", "3"]
     assert "\r" not in result.stdout
     assert "\x1b" not in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_on_a_gpu_the_allocator_holds_each_device_to_its_cap(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        model={"width": 64},
+        fleet={"memory_cap_mib": [30, 60, 120, 240]},
+        train={"device": "cuda", "rounds": 6, "batch_size": 64},
+        pace={"policy": "fixed"},
+    )
+    assert run(command(config, tmp_path / "run", ranks=2)).returncode == 0
+    assert summary(tmp_path / "run")["cap_enforcement"] == "cuda_memory_fraction"
+    assert summary(tmp_path / "run")["backend"] == "gloo" if torch.cuda.device_count() < 2 else "nccl"
+    for record in rounds(tmp_path / "run"):
+        for device, peak in record["peak_memory_mib"].items():
+            assert record["tensor_peak_mib"][device] <= peak <= record["cap_mib"][device]
