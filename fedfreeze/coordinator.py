@@ -43,6 +43,7 @@ class Coordinator:
         self.round = 0
         self.stage = 0
         self.stage_round = 0
+        self.ended = False
         self.bytes_total = 0
         self.ran_out: set[int] = set()  # devices that really ran out in this stage, whatever was predicted
         self.trained: set[int] = set()
@@ -127,6 +128,7 @@ class Coordinator:
         out_of_rounds = self.round >= self.config.train.rounds
         end_stage = decision.reason if decision.freeze else ("round_limit" if out_of_rounds else None)
         stop = out_of_rounds or (end_stage is not None and self.stage == len(self.costs.stages) - 1)
+        self.ended = stop
         return Verdict(
             end_stage=end_stage,
             stop=stop,
@@ -161,6 +163,7 @@ class Coordinator:
             "round": self.round,
             "stage": self.stage,
             "stage_round": self.stage_round,
+            "ended": self.ended,
             "bytes_total": self.bytes_total,
             "ran_out": sorted(self.ran_out),
             "trained": sorted(self.trained),
@@ -174,7 +177,8 @@ class Coordinator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
-        for name in ("round", "stage", "stage_round", "bytes_total", "peak_bytes", "peak_sum_bytes", "device_rounds"):
+        plain = ("round", "stage", "stage_round", "ended", "bytes_total", "peak_bytes", "peak_sum_bytes")
+        for name in (*plain, "device_rounds"):
             setattr(self, name, state[name])
         self.ran_out = set(state["ran_out"])
         self.trained = set(state["trained"])

@@ -19,8 +19,8 @@ from fedfreeze.coordinator import Coordinator
 from fedfreeze.cost import measure_costs
 from fedfreeze.data.partition import partition
 from fedfreeze.data.store import Data, open_store, prepare
-from fedfreeze.errors import ExitCode, FedfreezeError, UnavailableError
-from fedfreeze.fleet import make_fleet
+from fedfreeze.errors import DataError, ExitCode, FedfreezeError, UnavailableError
+from fedfreeze.fleet import Fleet, make_fleet
 from fedfreeze.launcher import Launch
 from fedfreeze.methods import make_method
 from fedfreeze.pace import PerturbationWindow
@@ -134,7 +134,8 @@ class Experiment:
         self.ranks = ranks
         self.reporter = reporter
         self.history = history
-        self.data: Data = open_store(ranks.first_on_node(lambda: prepare(config.data)))
+        store = ranks.first_on_node(lambda: prepare(config.data))
+        self.data: Data = ranks.together(lambda: open_store(store))
         parts = partition(self.data.train.labels, config.fleet.devices, config.data, config.seed)
         fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
         blocked = build_network(config.model, self.data.image_shape, self.data.num_classes, config.seed)
@@ -143,21 +144,20 @@ class Experiment:
         self.window = PerturbationWindow(config.pace.window)
         self.checkpoints = CheckpointStore(folder.path / "checkpoints", config.checkpoint.keep, reporter.notice)
         self.coordinator: Coordinator | None = None
+        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
 
-        def think() -> None:
-            costs = measure_costs(config, self.data.image_shape, self.data.num_classes)
-            samples = [len(part) for part in parts]
-            self.coordinator = Coordinator(
-                config, fleet, samples, costs, world_size=ranks.world_size, paced=self.method.paced
-            )
-
-        ranks.decide(think)
+    def _make_coordinator(self, fleet: Fleet, samples: list[int]) -> None:
+        """On rank 0 alone: what a stage costs is predicted once, and everyone learns of it by the plans."""
+        costs = measure_costs(self.config, self.data.image_shape, self.data.num_classes)
+        world_size, paced = self.ranks.world_size, self.method.paced
+        self.coordinator = Coordinator(self.config, fleet, samples, costs, world_size=world_size, paced=paced)
 
     def run(self) -> int:
         """Collective: every rank must call this. Train to the end and return the exit code."""
-        stage = self._resume()
-        self.emulator.enter_stage(stage)
-        while True:
+        stage, ended = self._resume()
+        if not ended:
+            self.emulator.enter_stage(stage)
+        while not ended:
             started = time.monotonic()
             result = run_round(self.ranks, self.coordinator, self.window, self.emulator)
             # rank 0 writes; if it cannot, every rank leaves with the same error
@@ -172,21 +172,21 @@ class Experiment:
                     self.emulator.enter_stage(stage)
             if verdict.checkpoint:
                 self.ranks.decide(self._checkpoint)
-            if verdict.stop:
-                break
+            ended = verdict.stop
         self.ranks.decide(lambda: self._finish(stage))
         return ExitCode.DONE
 
-    def _resume(self) -> int:
+    def _resume(self) -> tuple[int, bool]:
         """Collective: every rank must call this. Load the newest checkpoint, if any; share rank 0's weights."""
-        stage = self.ranks.decide(self._load_checkpoint)
+        stage, ended = self.ranks.decide(self._load_checkpoint)
         for tensor in self.method.state_dict().values():
             host = tensor.detach().contiguous()
             self.ranks.broadcast(host)
             tensor.copy_(host)
-        return stage
+        return stage, ended
 
-    def _load_checkpoint(self) -> int:
+    def _load_checkpoint(self) -> tuple[int, bool]:
+        """Return the stage to go on with, and whether there is nothing left but to deploy."""
         assert self.coordinator is not None
         assert self.history is not None
         self.folder.claim(self.config)
@@ -196,12 +196,15 @@ class Experiment:
             self._restore(found)
         self.history.run_start(self.coordinator, self.data)
         self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
-        return self.coordinator.stage
+        return self.coordinator.stage, self.coordinator.ended
 
     def _restore(self, found: Checkpoint) -> None:
         assert self.coordinator is not None
         assert self.history is not None
-        for name, tensor in self.method.state_dict().items():
+        ours = self.method.state_dict()
+        if {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in found.tensors.items()}:
+            raise DataError(f"the checkpoints in {self.folder.path} are of another network; use another --run-dir")
+        for name, tensor in ours.items():
             tensor.copy_(found.tensors[name])
         self.coordinator.load_state_dict(found.state["coordinator"])
         self.history.load_state_dict(found.state["history"])
@@ -223,8 +226,7 @@ class Experiment:
     def _checkpoint(self) -> None:
         assert self.coordinator is not None
         assert self.history is not None
-        if hasattr(self.emulator, "stage"):
-            self.emulator.stage.flat.load(self.emulator.values)
+        self.emulator.settle()
         state: dict[str, Any] = {
             "coordinator": self.coordinator.state_dict(),
             "history": self.history.state_dict(),

@@ -26,6 +26,7 @@ class Emulator:
         self.method = method
         self.device = device
         self.cap = make_cap(device)
+        self.in_stage = False
         self.stage: Stage
         self.trainer: LocalTrainer
         self.values: torch.Tensor
@@ -41,13 +42,20 @@ class Emulator:
         self.stage = self.method.enter_stage(index, self.device)
         self.trainer = LocalTrainer(self.stage, self.config.train)
         self.values = self.stage.flat.buffer.to("cpu", copy=True)
+        self.in_stage = True
         self.has_batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.stage.modules())
 
     def leave_stage(self) -> None:
         """Freeze what the stage trained."""
-        self.stage.flat.load(self.values)
+        self.settle()
         self.method.leave_stage(self.stage)
+        self.in_stage = False
         del self.stage, self.trainer, self.values
+
+    def settle(self) -> None:
+        """Write the global values into the network, over what the last device left there."""
+        if self.in_stage:
+            self.stage.flat.load(self.values)
 
     def empty_update(self, plan: RoundPlan) -> UpdateSum:
         """Return the sum to which this rank's devices add."""
@@ -141,7 +149,7 @@ class Emulator:
         Batches are cut the same way for any number of ranks, so their numbers do not depend on it. This is the
         server's work: it runs outside the caps.
         """
-        self.stage.flat.load(self.values)
+        self.settle()
         self.stage.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         size = self.config.eval.batch_size

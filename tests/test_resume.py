@@ -1,7 +1,9 @@
 """Killed at random moments and started again: the same result, bit for bit; and nobody is left behind."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -143,3 +145,31 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert second.returncode == 64
     assert second.stderr.count("fedfreeze: error:") == 1
     assert f"in use by pid {process.pid}" in second.stderr
+
+
+def test_killed_between_the_last_checkpoint_and_the_end(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nothing is left but to deploy: no round is trained again, and none on top."""
+    config, whole = uninterrupted
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    (run_dir / "model.safetensors").unlink()
+    status = summary(run_dir) | {"status": "running", "exit_code": None}
+    (run_dir / "summary.json").write_text(json.dumps(status))
+    result = run(command(config, run_dir, ranks=2))
+    assert result.returncode == 0, result.stderr
+    assert "round " not in result.stdout.split("notice: resumed")[0]
+    assert sha256(run_dir) == sha256(whole)
+    assert without_wall_time(metrics(run_dir)) == without_wall_time(metrics(whole))
+
+
+def test_checkpoints_of_another_network_are_refused(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    _, whole = uninterrupted
+    other = write_config(tmp_path, model={"width": 4})
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole / "checkpoints", run_dir / "checkpoints")
+    values = (whole / "config.yaml").read_text().replace("width: 8", "width: 4")
+    (run_dir / "config.yaml").write_text(values)
+    result = run(command(other, run_dir))
+    assert result.returncode == 65
+    assert result.stderr.count("\n") == 1
+    assert "are of another network" in result.stderr
