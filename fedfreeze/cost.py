@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedfreeze.blocks import BlockedNetwork, Shape, build_network
 from fedfreeze.cap import count_peak
 from fedfreeze.config import Config
+from fedfreeze.errors import ConfigError
 from fedfreeze.methods import full_model_stage, make_method
 from fedfreeze.stage import LocalTrainer, Stage
 
@@ -50,7 +51,23 @@ class Costs:
 
 
 def measure_costs(config: Config, image_shape: Shape, num_classes: int) -> Costs:
-    """Predict the cost of every stage and of the full model; nothing is allocated and nothing is trained."""
+    """Predict the cost of every stage and of the full model; nothing is allocated and nothing is trained.
+
+    Raises ConfigError for a batch that the network's normalisation layers cannot take.
+    """
+    try:
+        return _measure(config, image_shape, num_classes)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # torch's words where a norm layer sees one value
+            raise
+        height, width = image_shape[1:]
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} is too small for the normalisation layers of "
+            f"{config.model.name} on {height}x{width} images, where the last block puts out one pixel; use 2 or more"
+        ) from None
+
+
+def _measure(config: Config, image_shape: Shape, num_classes: int) -> Costs:
     with FakeTensorMode():
         blocked = build_network(config.model, image_shape, num_classes, config.seed)
         method = make_method(config, blocked)

@@ -27,6 +27,10 @@ BAD_CONFIGURATIONS = {
     ),
     "a cap that is none": (["--fleet.memory_cap_mib=uniform(9,3)"], "low <= high"),
     "fewer rounds than stages": (["--train.rounds=2", "--pace.policy=fixed"], "less than the 3 stages"),
+    "a batch too small for batch norm": (
+        ["--train.batch_size=1", "--model.name=resnet10"],
+        "train.batch_size: 1 is too small",
+    ),
     "a CSV that is missing": (["--fleet.memory_cap_mib=none.csv"], "none.csv cannot be read"),
 }
 
