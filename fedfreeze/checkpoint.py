@@ -58,7 +58,8 @@ class CheckpointStore:
         final = self.folder / f"round-{round_number:06d}"
         temporary = self.folder / f".{final.name}.tmp"
         try:
-            (self.folder / "updates").mkdir(parents=True, exist_ok=True)
+            for folder in (self.folder, self.folder / "updates"):
+                folder.mkdir(exist_ok=True)  # not its parents: a run folder that was deleted is not made again
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             needed = [self._save_update(number, update) for number, update in updates]
@@ -155,10 +156,10 @@ class CheckpointStore:
             except (OSError, ValueError, KeyError):
                 continue  # torn: it cannot be used, so it needs nothing
         for path in (self.folder / "updates").glob("round-*.safetensors"):
-            number = int(path.stem.removeprefix("round-"))
-            if number not in needed:
+            number = path.stem.removeprefix("round-")
+            if number.isdecimal() and int(number) not in needed:
                 path.unlink(missing_ok=True)
-                self._update_digests.pop(number, None)
+                self._update_digests.pop(int(number), None)
 
 
 def weight_bytes(tensors: dict[str, torch.Tensor]) -> bytes:

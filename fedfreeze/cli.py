@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -17,21 +19,31 @@ from fedfreeze.launcher import detect_launch, run_local_ranks
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. A user's mistake is one line on stderr."""
+    # a Ctrl-C during imports just ends the process: caught there, it can leave modules half imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
         overrides = _overrides(rest)
         config = load_config(options.config, overrides)
-        return int(options.command(config, options))
+        code = int(options.command(config, options))
+        sys.stdout.flush()  # here, where its failure can still be told
+        return code
     except FedfreezeError as error:
         if _speaks_for_all():
             print(f"fedfreeze: error: {one_line(error)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1.0)  # torchrun ends all ranks when the first leaves: let rank 0 speak
         return int(error.exit_code)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # `fedfreeze plan | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `fedfreeze plan --json | head`
+        _drop_output()
         return int(ExitCode.DONE)
+    except OSError as error:
+        _drop_output()
+        print(f"fedfreeze: error: cannot write the output: {error.strerror}", file=sys.stderr, flush=True)
+        return int(ExitCode.STORAGE)
 
 
 def _run(config: Config, options: argparse.Namespace) -> int:
@@ -40,16 +52,21 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     if options.nproc > 1 and launch.launcher != "none":
         raise ConfigError(f"--nproc {options.nproc} under {launch.launcher}, which starts the ranks itself; drop it")
 
-    from fedfreeze.experiment import run_rank  # not before: it imports torch, and a mistake is told in less time
+    from fedfreeze.experiment import note_lost_run, run_rank  # not before: a mistake is told without importing torch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.nproc > 1:
-        return run_local_ranks(options.nproc, lambda local: run_rank(config, run_dir, local))
+        code = run_local_ranks(options.nproc, lambda local: run_rank(config, run_dir, local))
+        if code == ExitCode.RANK_LOST:
+            note_lost_run(run_dir)
+        return code
     return run_rank(config, run_dir, launch)
 
 
 def _plan(config: Config, options: argparse.Namespace) -> int:
     from fedfreeze.plan import plan
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     plan(config, as_json=options.json)
     return ExitCode.DONE
 
@@ -118,6 +135,11 @@ def _overrides(rest: Sequence[str]) -> list[str]:
             item = f"{item}={value}"
         found.append(item)
     return found
+
+
+def _drop_output() -> None:
+    """Have what is still buffered go nowhere, or the interpreter would complain of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _speaks_for_all() -> bool:

@@ -127,14 +127,6 @@ class Ranks:
             raise error_of(*failures[0])
         return result  # type: ignore[return-value]
 
-    def first_on_node(self, action: Callable[[], T]) -> T:
-        """Collective: every rank must call this. Run an action on each node's first rank, then on the others."""
-        if self.local_rank == 0:
-            first = self.together(action)
-        else:
-            self.together(lambda: None)
-        return self.together(lambda: first if self.local_rank == 0 else action())
-
     def close(self) -> None:
         """Collective: every rank must call this. Leave the group."""
         if self.world_size > 1 and dist.is_initialized():

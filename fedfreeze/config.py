@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 # Strict: `rounds: "12"` and `rounds: true` are mistakes, not numbers. The YAML loader reads 1e-3 as a float.
 _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-Positive = Annotated[int, Field(ge=1, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**6)]
 NonNegative = Annotated[int, Field(ge=0, le=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -107,9 +107,9 @@ class PaceConfig:
 
     policy: Literal["perturbation", "fixed", "proportional", "plateau"] = "perturbation"
     """Block perturbation, equal rounds a stage, rounds in proportion to parameters, or a plateau of the loss."""
-    window: Annotated[int, Field(ge=2)] = 10
+    window: Annotated[int, Field(ge=2, le=10**6)] = 10
     """Rounds whose updates one perturbation spans (Q)."""
-    slope_window: Annotated[int, Field(ge=2)] = 10
+    slope_window: Annotated[int, Field(ge=2, le=10**6)] = 10
     """Rounds over which the slope of perturbation (or the fall of the loss, for `plateau`) is taken (W)."""
     slope_limit: PositiveFloat = 2e-3
     """The slope of perturbation, a round, must lie within plus or minus this (phi)."""
@@ -141,7 +141,7 @@ class CommConfig:
 
     transport: Literal["torch"] = "torch"
     """`torch`: torch.distributed (gloo on CPU and where ranks share a GPU, NCCL with a GPU a rank)."""
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 600.0
     """Seconds after which a collective that a rank does not join is given up (exit code 76)."""
 
 
@@ -161,7 +161,7 @@ class CheckpointConfig:
 
     every_rounds: Positive = 1
     """Rounds between two checkpoints; the end of a stage is always one."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2, le=10**6)] = 2
     """How many of the newest are kept (at least 2, in case the newest is torn)."""
 
 

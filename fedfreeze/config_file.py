@@ -191,7 +191,10 @@ def _check_known_keys(values: dict[str, Any]) -> None:
 def _check_plain(key: str, value: Any) -> None:
     """Refuse what YAML can say and a configuration cannot hold: values within themselves, halves of characters."""
     try:
-        json.dumps(value, default=str, ensure_ascii=False).encode()
+        text = json.dumps(value, default=str, ensure_ascii=False)
+        text.encode()
+        if "\\u0000" in text:
+            raise ValueError("it holds a NUL")
     except _UNREADABLE as error:
         raise ConfigError(f"{key}: no number, text or list of these: {one_line(error)[:120]}") from None
 

@@ -33,6 +33,7 @@ class Coordinator:
         self.samples = samples
         self.costs = costs
         self.world_size = world_size
+        self.paced = paced
         pace = config.pace if paced else replace(config.pace, policy="fixed", max_rounds=None)
         self.policy = pace.policy
         self._check_rounds()
@@ -65,9 +66,9 @@ class Coordinator:
             if not devices:
                 largest = max(cap for cap in self.fleet.memory_cap_bytes if cap is not None)
                 raise ConfigError(
-                    f"no device holds stage {cost.name!r}: it needs {cost.memory_bytes / MIB:.1f} MiB at batch "
-                    f"{self.config.train.batch_size}, the largest cap is {largest / MIB:.1f} MiB; the smallest cap "
-                    f"that holds every stage is {self._smallest_cap() / MIB:.1f} MiB "
+                    f"no device holds stage {cost.name!r}: it needs {_up(cost.memory_bytes)} MiB at batch "
+                    f"{self.config.train.batch_size}, the largest cap is {math.floor(largest / MIB * 100) / 100} MiB; "
+                    f"the smallest cap that holds every stage is {_up(self._smallest_cap())} MiB "
                     "(raise fleet.memory_cap_mib, or lower train.batch_size or model.width)"
                 )
 
@@ -185,6 +186,11 @@ class Coordinator:
         self.frozen_held = dict(state["frozen_held"])
         self.pace.load_state_dict(state["pace"])
         self.selector.load_state_dict(state["selector"])
+
+
+def _up(number_of_bytes: int) -> float:
+    """Return MiB rounded up to hundredths: a cap of what is printed must do."""
+    return math.ceil(number_of_bytes / MIB * 100) / 100
 
 
 def train_loss(reports: Sequence[DeviceReport]) -> float | None:

@@ -2,6 +2,9 @@
 
 import contextlib
 import ctypes
+import hashlib
+import json
+import signal
 import socket
 import time
 import traceback
@@ -19,10 +22,10 @@ from fedfreeze.coordinator import Coordinator
 from fedfreeze.cost import measure_costs
 from fedfreeze.data.partition import partition
 from fedfreeze.data.store import Data, open_store, prepare
-from fedfreeze.errors import DataError, ExitCode, FedfreezeError, UnavailableError
+from fedfreeze.errors import ConfigError, DataError, ExitCode, FedfreezeError, UnavailableError
 from fedfreeze.fleet import Fleet, make_fleet
 from fedfreeze.launcher import Launch
-from fedfreeze.methods import make_method
+from fedfreeze.methods import METHODS, make_method
 from fedfreeze.pace import PerturbationWindow
 from fedfreeze.report import Reporter
 from fedfreeze.round import RoundResult, run_round
@@ -69,11 +72,21 @@ def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> i
         ranks.close()
         return code
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the way out
         if history is not None and history.begun:
             history.failed(error)
         raise
     finally:
         folder.close()
+
+
+def note_lost_run(run_dir: Path) -> None:
+    """Have summary.json say that the run broke off, where rank 0 can no longer say so itself."""
+    folder = RunFolder(run_dir)
+    summary = folder.read_summary()
+    if summary is not None and summary.get("status") == "running":
+        folder.write_summary(summary | {"status": "failed", "exit_code": int(ExitCode.RANK_LOST)})
 
 
 def keep_freed_memory() -> None:
@@ -134,22 +147,23 @@ class Experiment:
         self.ranks = ranks
         self.reporter = reporter
         self.history = history
-        store = ranks.first_on_node(lambda: prepare(config.data))
-        self.data: Data = ranks.together(lambda: open_store(store))
+        self.coordinator: Coordinator | None = None
+        self.store = ranks.together(lambda: prepare(config.data))
+        self.data: Data = ranks.together(lambda: open_store(self.store))
         parts = partition(self.data.train.labels, config.fleet.devices, config.data, config.seed)
         fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
+        # before the network is built: what no device can hold may not fit this machine either
+        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
         blocked = build_network(config.model, self.data.image_shape, self.data.num_classes, config.seed)
         self.method = make_method(config, blocked)
         self.emulator = Emulator(config, self.data, parts, self.method, device)
         self.window = PerturbationWindow(config.pace.window)
         self.checkpoints = CheckpointStore(folder.path / "checkpoints", config.checkpoint.keep, reporter.notice)
-        self.coordinator: Coordinator | None = None
-        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
 
     def _make_coordinator(self, fleet: Fleet, samples: list[int]) -> None:
         """On rank 0 alone: what a stage costs is predicted once, and everyone learns of it by the plans."""
         costs = measure_costs(self.config, self.data.image_shape, self.data.num_classes)
-        world_size, paced = self.ranks.world_size, self.method.paced
+        world_size, paced = self.ranks.world_size, METHODS[self.config.method.name].paced
         self.coordinator = Coordinator(self.config, fleet, samples, costs, world_size=world_size, paced=paced)
 
     def run(self) -> int:
@@ -191,6 +205,8 @@ class Experiment:
         assert self.history is not None
         self.folder.claim(self.config)
         found = self.checkpoints.load_newest()
+        if found is not None and self.folder.metrics_bytes() < found.state["metrics_bytes"]:
+            self.reporter.notice(f"{self.folder.metrics_path} is shorter than it was: lines are missing in it")
         self.folder.cut_metrics(found.state["metrics_bytes"] if found else 0)
         if found is not None:
             self._restore(found)
@@ -201,6 +217,11 @@ class Experiment:
     def _restore(self, found: Checkpoint) -> None:
         assert self.coordinator is not None
         assert self.history is not None
+        if found.state["inputs"] != self._inputs():
+            raise ConfigError(
+                f"the data or the caps (a CSV file?) have changed since {self.folder.path} was begun; put them back, "
+                "or use another --run-dir"
+            )
         ours = self.method.state_dict()
         if {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in found.tensors.items()}:
             raise DataError(f"the checkpoints in {self.folder.path} are of another network; use another --run-dir")
@@ -210,6 +231,12 @@ class Experiment:
         self.history.load_state_dict(found.state["history"])
         for number, update in found.updates:
             self.window.updates.append((number, update))
+
+    def _inputs(self) -> dict[str, Any]:
+        """What the run is made of and config.yaml only points to: the decoded data and the caps."""
+        assert self.coordinator is not None
+        caps = json.dumps(self.coordinator.fleet.memory_cap_bytes)
+        return {"data": self.store.name, "memory_caps": hashlib.sha256(caps.encode()).hexdigest()}
 
     def _record(self, result: RoundResult, started: float) -> None:
         assert self.coordinator is not None
@@ -231,6 +258,7 @@ class Experiment:
             "coordinator": self.coordinator.state_dict(),
             "history": self.history.state_dict(),
             "metrics_bytes": self.folder.metrics_bytes(),
+            "inputs": self._inputs(),
         }
         self.checkpoints.save(self.coordinator.round, self.method.state_dict(), state, self.window.updates)
 

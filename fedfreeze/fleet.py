@@ -84,10 +84,16 @@ def _read_csv(path: Path, devices: int) -> list[float]:
     """Read the columns `device` (0 ... devices-1, each once) and `memory_cap_mib`."""
     where = f"fleet.memory_cap_mib: {path}"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark at the start
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = columns
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{where} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{where} cannot be read: {reason}") from None
+    if len(set(columns)) < len(columns):
+        raise ConfigError(f"{where}: a column is named twice ({', '.join(columns)})")
     caps: dict[int, float] = {}
     for line, row in enumerate(rows, start=2):
         for column in ("device", "memory_cap_mib"):

@@ -98,23 +98,33 @@ def die_with_parent(parent: int) -> None:
 def _wait(ranks: list[BaseProcess]) -> int:
     code: int | None = None
     deadline = None
-    interrupted = False
+    interrupted = killed_by_us = False
     while any(rank.is_alive() for rank in ranks):
         try:
             for rank in ranks:
                 rank.join(timeout=0.02)
         except KeyboardInterrupt:
-            interrupted = True  # the ranks got the signal too and are leaving; give them the grace period
+            interrupted = True  # a terminal has told the ranks too; `kill -INT` of this process alone has not
             deadline = deadline or time.monotonic() + _GRACE_S
+            for rank in ranks:
+                if rank.is_alive() and rank.pid is not None:
+                    os.kill(rank.pid, signal.SIGINT)
         failed = [rank.exitcode for rank in ranks if rank.exitcode]
         if failed and deadline is None:
             deadline = time.monotonic() + _GRACE_S
         if deadline is not None and time.monotonic() > deadline:
+            killed_by_us = killed_by_us or not failed or any(code > 0 for code in failed)
             for rank in ranks:
                 rank.kill()
     failed = [rank.exitcode for rank in ranks if rank.exitcode]
-    if interrupted:
+    if interrupted and failed:
         return ExitCode.INTERRUPTED
+    if not killed_by_us and (ranks[0].exitcode or 0) < 0:  # rank 0 tells of every other loss, but not of its own
+        print(
+            f"fedfreeze: error: rank 0 was ended by signal {-(ranks[0].exitcode or 0)} (out of memory, if you did not "
+            "send it); run again to go on from the last checkpoint",
+            file=sys.stderr,
+        )
     # a rank that was killed, or the one whose error made the others lose it, says more than those who lost it
     told = [exitcode for exitcode in failed if exitcode != ExitCode.RANK_LOST]
     code = (told or failed or [0])[0]

@@ -3,13 +3,13 @@
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fedfreeze.config import Config
 from fedfreeze.cost import Costs, StageCost, measure_costs
 from fedfreeze.data.store import open_store, prepare
 from fedfreeze.fleet import MIB, Fleet, make_fleet
+from fedfreeze.report import LastingConsole
 
 
 def plan(config: Config, *, as_json: bool) -> None:
@@ -24,7 +24,7 @@ def plan(config: Config, *, as_json: bool) -> None:
     title = f"{config.model.name}, width {config.model.width}, batch {config.train.batch_size}, {len(fleet)} devices"
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline")
     for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", "frozen", "up MiB", "eligible"):
-        table.add_column(heading, justify="left" if heading == "blocks" else "right")
+        table.add_column(heading, justify="left" if heading == "blocks" else "right", overflow="fold")
     for row in rows:
         table.add_row(
             "full" if row["stage"] is None else str(row["stage"] + 1),
@@ -36,7 +36,7 @@ def plan(config: Config, *, as_json: bool) -> None:
             f"{row['upload_mib']:.2f}",
             str(row["eligible"]),
         )
-    console = Console()
+    console = LastingConsole()
     console.print(table)
     stages = [row for row in rows if row["stage"] is not None]
     every = min(row["eligible"] for row in stages)

@@ -1,5 +1,6 @@
 """What the user sees: a bar at a terminal, one line a round in a log, stage changes, failures, a closing table."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,30 @@ from fedfreeze.coordinator import Coordinator
 from fedfreeze.errors import FedfreezeError, one_line
 
 
+class LastingConsole(Console):
+    """A console whose reader may leave, or whose disk may fill up: training goes on, unheard."""
+
+    def on_broken_pipe(self) -> None:
+        """Go quiet; rich would end the program here."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, or go quiet where that cannot be."""
+        try:
+            super().print(*objects, **options)
+        except UnicodeEncodeError:
+            return  # a character that this terminal does not have: the line is lost, the run is not
+        except OSError:
+            self.on_broken_pipe()
+
+
 class Reporter:
     """Rank 0's voice; on other ranks it is quiet, but for crashes."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.console = Console(highlight=False)
-        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = LastingConsole(highlight=False)
         self.progress: Progress | None = None
         self.max_rounds = 0
         self.num_stages = 0
@@ -105,10 +123,11 @@ class Reporter:
         if self.quiet:
             return
         self.console.print(closing_table(stages))
-        if not summary["all_frozen"]:
+        limited = [str(record["stage"] + 1) for record in stages if record["reason"] == "round_limit"]
+        if limited or len(stages) < summary["stages"]:
             self.notice(
-                f"the round limit ({self.max_rounds}) came before the controller froze every block; the network "
-                f"of stage {summary['deployed_stage'] + 1} is deployed"
+                f"a round limit, not the criterion, ended stage {', '.join(limited) or len(stages)}; the network of "
+                f"stage {summary['deployed_stage'] + 1} of {summary['stages']} is deployed"
             )
         self.say(
             f"accuracy {_number(summary['final_accuracy'], '.4f')} after {summary['rounds']} rounds, "
@@ -154,7 +173,7 @@ def closing_table(stages: Sequence[dict[str, Any]]) -> Table:
         header_style="underline",
     )
     for heading in ("stage", "blocks", "rounds", "ended", "peak MiB", "of full", "eligible", "accuracy"):
-        table.add_column(heading, justify="left" if heading in ("blocks", "ended") else "right")
+        table.add_column(heading, justify="left" if heading in ("blocks", "ended") else "right", overflow="fold")
     for record in stages:
         table.add_row(
             str(record["stage"] + 1),

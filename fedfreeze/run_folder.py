@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from fedfreeze import lock
 from fedfreeze.config import Config
 from fedfreeze.config_file import config_difference, config_values, dump_config, read_yaml
 from fedfreeze.errors import ConfigError, storage_error
@@ -21,7 +22,7 @@ class RunFolder:
         self.summary_path = path / "summary.json"
         self.model_path = path / "model.safetensors"
         self._lock_path = path / "lock"
-        self._locked = False
+        self._descriptor: int | None = None
         self._made: list[Path] = []
 
     def open(self, config: Config) -> list[str]:
@@ -46,9 +47,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._locked:
-            self._lock_path.unlink(missing_ok=True)
-            self._locked = False
+        if self._descriptor is not None:
+            lock.give_back(self._descriptor, self._lock_path)
+            self._descriptor = None
             with contextlib.suppress(OSError):  # not empty: a run has begun in it
                 for folder in self._made:
                     folder.rmdir()
@@ -62,43 +63,59 @@ class RunFolder:
             raise storage_error("write", path, error) from None
 
     def _lock(self) -> list[str]:
-        notices = []
-        me = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"),
-        }
-        for _ in range(2):
-            try:
-                descriptor = os.open(self._lock_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                notices.append(self._take_over_stale())
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(me, file)
-            self._locked = True
-            return notices
-        raise ConfigError(f"run folder {self.path} is in use: another process took its lock just now; try again")
+        descriptor = lock.take(self._lock_path, wait=False)
+        if descriptor is None:
+            holder = self._holder() or {}
+            raise ConfigError(
+                f"run folder {self.path} is in use by pid {holder.get('pid', '?')} on {holder.get('host', '?')}; "
+                "wait for it or use --run-dir"
+            )
+        try:
+            notices = self._check_last_holder()
+        except BaseException:
+            lock.give_back(descriptor, self._lock_path, delete=False)
+            raise
+        try:
+            me = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": _process_start(os.getpid()),
+                "job": os.environ.get("SLURM_JOB_ID"),
+            }
+            text = json.dumps(me).encode()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text, 0)
+        except BaseException:
+            lock.give_back(descriptor, self._lock_path)
+            raise
+        self._descriptor = descriptor
+        return notices
 
-    def _take_over_stale(self) -> str:
+    def _holder(self) -> dict[str, Any] | None:
         try:
             holder = json.loads(self._lock_path.read_text())
         except (OSError, ValueError):
-            holder = None
-        if not isinstance(holder, dict):  # a kill between creating and writing it
-            self._lock_path.unlink(missing_ok=True)
-            return "took over an unreadable lock"
-        host, pid = holder.get("host", "?"), holder.get("pid")
-        if host not in ("?", socket.gethostname()):
+            return None
+        return holder if isinstance(holder, dict) else None
+
+    def _check_last_holder(self) -> list[str]:
+        """What the file says counts too: the kernel's lock may not reach other hosts, or not exist on this disk."""
+        if self._lock_path.stat().st_size == 0:
+            return []
+        holder = self._holder()
+        if holder is None:
+            return ["took over an unreadable lock"]
+        host, pid, job = holder.get("host", "?"), holder.get("pid"), holder.get("job")
+        same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")  # requeued: its last life is over
+        if host not in ("?", socket.gethostname()) and not same_job:
             raise ConfigError(
-                f"run folder {self.path} is locked by pid {pid} on {host} (job {holder.get('job')}); if that run is "
+                f"run folder {self.path} is locked by pid {pid} on {host} (job {job}); if that run is "
                 f"gone, delete {self._lock_path}"
             )
-        if pid is not None and _process_start(pid) == holder.get("started") is not None:
+        here = host == socket.gethostname()
+        if here and pid is not None and _process_start(pid) == holder.get("started") is not None:
             raise ConfigError(f"run folder {self.path} is in use by pid {pid} on {host}; wait for it or use --run-dir")
-        self._lock_path.unlink(missing_ok=True)
-        return f"took over the lock of pid {pid} on {host}, which is gone"
+        return [f"took over the lock of pid {pid} on {host}, which is gone"]
 
     def _check_config(self, config: Config) -> None:
         path = self.path / "config.yaml"

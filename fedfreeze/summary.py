@@ -140,6 +140,8 @@ class History:
         if isinstance(error, KeyboardInterrupt):
             code, status = ExitCode.INTERRUPTED, "preempted"
         summary = self.folder.read_summary() or {}
+        if summary.get("status") == "finished":
+            return  # what failed came after the end
         summary |= {"status": status, "exit_code": int(code), "error": one_line(error), "wall_s": self.wall_s}
         try:
             self.folder.write_summary(summary)
@@ -161,7 +163,7 @@ class History:
             **self.facts,
             "rounds": coordinator.round,
             "stages": len(coordinator.costs.stages),
-            "all_frozen": frozen == len(coordinator.costs.stages),
+            "all_frozen": coordinator.paced and frozen == len(coordinator.costs.stages),
             "stage_reasons": [record["reason"] for record in self.stages],
             "final_accuracy": self.accuracy,
             "best_accuracy": self.best_accuracy,

@@ -504,7 +504,7 @@ CONFIG_VALUES = st.fixed_dictionaries(
                 "enforce": st.booleans(),
             },
         ),
-        "train": st.fixed_dictionaries({}, optional={"learning_rate": POSITIVE, "rounds": st.integers(1, 10**9)}),
+        "train": st.fixed_dictionaries({}, optional={"learning_rate": POSITIVE, "rounds": st.integers(1, 10**6)}),
         "pace": st.fixed_dictionaries({}, optional={"max_rounds": st.none() | st.integers(1, 10**6)}),
         "method": st.fixed_dictionaries({}, optional={"carry": st.booleans()}),
     },

@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import socket
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +133,7 @@ def test_a_lock_of_another_host_is_refused_and_the_file_to_delete_is_named(path)
     assert folder.open(config()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b'{"host": "nod', b"\0" * 40, b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b'{"host": "nod', b"\0" * 40, b"\xff\xfe"])
 def test_a_half_written_lock_is_taken_over(path, content):
     path.mkdir()
     (path / "lock").write_bytes(content)
@@ -148,21 +151,34 @@ def test_a_lock_that_is_no_lock_is_taken_over(path, content):
     assert "took over" in notice
 
 
-def test_losing_the_race_for_a_stale_lock_is_refused(path, monkeypatch):
-    lock(path, pid=NO_PID)
-    take_over = RunFolder._take_over_stale
-
-    def and_another_is_faster(folder: RunFolder) -> str:
-        notice = take_over(folder)
-        lock(path, pid=os.getppid(), started=start_of(os.getppid()))
-        return notice
-
-    monkeypatch.setattr(RunFolder, "_take_over_stale", and_another_is_faster)
+def _try_to_hold(path: Path, barrier: Barrier, held: Event, results: Queue) -> None:
     folder = RunFolder(path)
-    with pytest.raises(ConfigError, match="in use"):
+    barrier.wait()
+    try:
         folder.open(config())
-    folder.close()
-    assert json.loads((path / "lock").read_text())["pid"] == os.getppid()
+        results.put(True)
+        held.wait()  # until all have tried: two of them must not hold it at a time
+        folder.close()
+    except ConfigError:
+        results.put(False)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_several_processes_exactly_one_holds_the_folder(path, stale):
+    fork = get_context("fork")
+    for _ in range(20):
+        path.mkdir(exist_ok=True)
+        if stale:
+            lock(path, pid=NO_PID)
+        barrier, held, results = fork.Barrier(4), fork.Event(), fork.Queue()
+        processes = [fork.Process(target=_try_to_hold, args=(path, barrier, held, results)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        outcomes = [results.get(timeout=30) for _ in processes]
+        held.set()
+        for process in processes:
+            process.join()
+        assert sorted(outcomes) == [False, False, False, True]
 
 
 def test_closing_twice_does_not_take_anothers_lock(begun):
@@ -423,7 +439,7 @@ def test_a_full_disk_when_opening_is_a_storage_error_and_blocks_nobody(path, ste
 
     folder = RunFolder(path)
     with pytest.MonkeyPatch.context() as patch:
-        owner, name = {"mkdir": (Path, "mkdir"), "create lock": (os, "open"), "write lock": (json, "dump")}[step]
+        owner, name = {"mkdir": (Path, "mkdir"), "create lock": (os, "open"), "write lock": (os, "pwrite")}[step]
         patch.setattr(owner, name, fail)
         with pytest.raises(StorageError) as caught:
             folder.open(config())

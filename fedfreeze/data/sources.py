@@ -92,6 +92,7 @@ class HuggingFace:
         except ImportError:
             raise UnavailableError("reading Parquet needs the package `datasets`; pip install datasets") from None
         datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         datasets.logging.set_verbosity(logging.CRITICAL)  # a user's error is one line, and it is ours
         try:
             if self.is_local:
@@ -168,6 +169,8 @@ def _decode(value: Any, mode: str | None) -> tuple[np.ndarray, str]:
         if data is None:
             raise DataError("the image has no bytes")
         value = Image.open(io.BytesIO(data))
+    if not isinstance(value, Image.Image):
+        raise DataError(f"the image is {type(value).__name__}, not encoded bytes")
     if mode is None:
         mode = "L" if value.mode in ("1", "L", "LA") or value.mode.startswith("I") else "RGB"
     if value.mode.startswith("I") and mode == "L":  # 16-bit grey: Pillow's own conversion would clip at 255

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedfreeze import lock
 from fedfreeze.config import DataConfig
-from fedfreeze.data.sources import Sample, fingerprint_key, make_source
+from fedfreeze.data.sources import Sample, Source, fingerprint_key, make_source
 from fedfreeze.errors import DataError, storage_error
 
 VERSION = 1
+MAX_CLASSES = 100_000  # a larger label is a mistake, and would ask for a classifier of that size
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ def cache_folder(config: DataConfig) -> Path:
 def prepare(config: DataConfig) -> Path:
     """Decode the data if no process did before, and return the folder of the store.
 
+    Every rank may call this: the first to come decodes, the others of the node wait for its lock, however long that
+    takes, and not in a collective, which would time out.
+
     Written under a temporary name and renamed, so that two processes cannot spoil each other's work and a kill leaves
     nothing half-written under the final name. Raises DataError, StorageError.
     """
@@ -64,22 +69,34 @@ def prepare(config: DataConfig) -> Path:
     final = cache_folder(config) / f"v{VERSION}-{fingerprint_key(source)}"
     if (final / "meta.json").is_file():
         return final
-    temporary = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}")
-        temporary.mkdir()  # not by mkdtemp, whose folders are closed to colleagues
+        lock_path = final.with_name(f"{final.name}.lock")
+        descriptor = lock.take(lock_path, wait=True)
+        assert descriptor is not None
         try:
-            _write_store(source.splits(), temporary)
-        except DataError as error:
-            raise DataError(f"data {config.path or config.name}: {error}") from None
-        _move_into_place(temporary, final)
+            if not (final / "meta.json").is_file():
+                _decode(source, final, str(config.path or config.name))
+        finally:
+            lock.give_back(descriptor, lock_path)
     except OSError as error:
         raise storage_error("write decoded data to", final.parent, error) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _decode(source: Source, final: Path, name: str) -> None:
+    for left in final.parent.glob(f"{final.name}.tmp-{socket.gethostname()}-*"):
+        if not Path("/proc", left.name.split("-")[-2]).exists():  # its writer was killed
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}")
+    try:
+        temporary.mkdir()  # not by mkdtemp, whose folders are closed to colleagues
+        _write_store(source.splits(), temporary)
+        _move_into_place(temporary, final)
+    except DataError as error:
+        raise DataError(f"data {name}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
@@ -130,6 +147,8 @@ def _write_store(streams: dict[str, Iterator[Sample]], folder: Path) -> None:
                         f"split {name}, row {len(found) + 1}: image of {image.shape}, the first has {shape} "
                         "(channels, height, width); all must be of one size"
                     )
+                if label >= MAX_CLASSES:
+                    raise DataError(f"split {name}, row {len(found) + 1}: label {label} is over {MAX_CLASSES - 1}")
                 if label < 0:
                     raise DataError(f"split {name}, row {len(found) + 1}: label {label} is negative (a missing label?)")
                 if name == "train":
