@@ -173,3 +173,58 @@ def test_checkpoints_of_another_network_are_refused(uninterrupted: tuple[Path, P
     assert result.returncode == 65
     assert result.stderr.count("\n") == 1
     assert "are of another network" in result.stderr
+
+
+def test_rank_0_killed_is_told_by_the_launcher(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train={"rounds": 500}, pace={"policy": "fixed"})
+    process = start(command(config, tmp_path / "run", ranks=2))
+    assert wait_for_round(process, tmp_path / "run", 1)
+    ranks = ranks_of(process.pid)
+    os.kill(ranks[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 76
+    assert err.count("fedfreeze: error:") == 1
+    assert "rank 0 was ended by signal 9" in err
+    assert all_gone(ranks)
+    assert (summary(tmp_path / "run")["status"], summary(tmp_path / "run")["exit_code"]) == ("failed", 76)
+
+
+def test_interrupting_the_launcher_alone_reaches_the_ranks(tmp_path: Path) -> None:
+    config = write_config(tmp_path, train={"rounds": 500}, pace={"policy": "fixed"})
+    process = start(command(config, tmp_path / "run", ranks=2))
+    assert wait_for_round(process, tmp_path / "run", 1)
+    ranks = ranks_of(process.pid)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert all_gone(ranks)
+    assert summary(tmp_path / "run")["status"] == "preempted"
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = uninterrupted
+    process = start(command(config, tmp_path / "run"))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()  # `| head -1`
+    assert process.wait(timeout=120) == 0
+    process.stderr.close()  # type: ignore[union-attr]
+    assert sha256(tmp_path / "run") == sha256(whole)
+
+
+def test_changed_caps_are_noticed_on_resume(tmp_path: Path) -> None:
+    """config.yaml only names the CSV file; the run is made of what was in it."""
+    fleet = tmp_path / "fleet.csv"
+    rows = [f"{device},{[0.33, 0.4, 0.6, 0.9][device % 4]}" for device in range(12)]
+    fleet.write_text("device,memory_cap_mib\n" + "\n".join(rows) + "\n")
+    config = write_config(tmp_path, fleet={"memory_cap_mib": str(fleet)})
+    process = start(command(config, tmp_path / "run"))
+    assert wait_for_round(process, tmp_path / "run", 2)
+    kill_tree(process)
+    fleet.write_text(fleet.read_text().replace("0.33", "5.0"))
+    result = run(command(config, tmp_path / "run"))
+    assert result.returncode == 64
+    assert "the data or the caps (a CSV file?) have changed" in result.stderr
+    fleet.write_text(fleet.read_text().replace("5.0", "0.33"))
+    assert run(command(config, tmp_path / "run")).returncode == 0
