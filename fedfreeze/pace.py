@@ -151,9 +151,9 @@ class Plateau(PacePolicy):
 class _Budget(PacePolicy):
     """Freeze after a number of rounds known beforehand."""
 
+    @abstractmethod
     def budgets(self) -> list[int]:
         """Return the rounds of each stage."""
-        raise NotImplementedError
 
     def _decide(self, seen: StageRound) -> PaceDecision:
         freeze = seen.stage_round >= self.budgets()[seen.stage]

@@ -60,3 +60,8 @@ def write_parquet(png: Callable[[np.ndarray], bytes]) -> Callable[..., Path]:
         return file
 
     return write
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"

@@ -60,6 +60,11 @@ def test_module_says_what_it_is_and_fits_a_room(module: Path) -> None:
     assert len(text.splitlines()) <= 500
 
 
+def test_no_test_file_outgrows_a_room_either() -> None:
+    for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 500, path
+
+
 def floor_of(name: str) -> int:
     return next(number for number, floor in enumerate(FLOORS) if name.split(".")[0] in floor)
 
