@@ -16,6 +16,11 @@ def fraction_bits(largest_weight_sum: int) -> int:
     return 62 - _LIMIT_BITS - max(1, largest_weight_sum).bit_length()
 
 
+def device_weight(weights: str, samples: int) -> int:
+    """Return a device's weight in the average: its samples, or one (`method.weights`)."""
+    return samples if weights == "samples" else 1
+
+
 class UpdateSum:
     """Flat sum over devices of weight x update; with `counted`, also the weight that each element received.
 

@@ -223,6 +223,11 @@ def _cuda_request(message: str) -> str:
     return "an allocation" if start < 0 else message[start:].split(".  ")[0].split(". ")[0].lower()
 
 
+def enforcer_name(device: torch.device) -> str:
+    """Return what holds devices to their caps on a compute device, as summary.json says it."""
+    return CudaFractionCap.name if device.type == "cuda" else CountedCap.name
+
+
 def make_cap(device: torch.device) -> MemoryCap:
     """Return the enforcer for a compute device."""
     return CudaFractionCap(device) if device.type == "cuda" else CountedCap()

@@ -1,6 +1,6 @@
 """The configuration: typed dataclasses, one a concern, a docstring with the unit under every field."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -197,5 +197,3 @@ class Config:
 
 # A resumed run may differ in these sections only; anything else would make it another run.
 RESUME_MAY_DIFFER = ("comm", "checkpoint")
-
-Values = dict[str, Any]

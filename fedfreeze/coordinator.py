@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedfreeze.aggregate import fraction_bits
+from fedfreeze.aggregate import device_weight, fraction_bits
+from fedfreeze.cap import MIB
 from fedfreeze.config import Config
 from fedfreeze.cost import FLOAT_BYTES, Costs
 from fedfreeze.errors import ConfigError
-from fedfreeze.fleet import MIB, Fleet
+from fedfreeze.fleet import Fleet
 from fedfreeze.pace import POLICIES, StageRound
 from fedfreeze.reports import Assignment, DeviceReport, RoundPlan, Verdict
 from fedfreeze.select import make_selector
@@ -87,8 +88,7 @@ class Coordinator:
                 "out of memory in it; raise fleet.memory_cap_mib"
             )
         devices = self.selector.select(self.round, candidates, self.config.train.participants)
-        uniform = self.config.method.weights == "uniform"
-        weights = [1 if uniform else self.samples[device] for device in devices]
+        weights = [device_weight(self.config.method.weights, self.samples[device]) for device in devices]
         return RoundPlan(
             round=self.round,
             stage=self.stage,

@@ -210,7 +210,7 @@ class Experiment:
         self.folder.cut_metrics(found.state["metrics_bytes"] if found else 0)
         if found is not None:
             self._restore(found)
-        self.history.run_start(self.coordinator, self.data)
+        self.history.run_start(self.coordinator)
         self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
         return self.coordinator.stage, self.coordinator.ended
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedfreeze.cap import MIB
 from fedfreeze.config import FleetConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.seeds import numpy_generator
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)

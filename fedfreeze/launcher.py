@@ -96,7 +96,6 @@ def die_with_parent(parent: int) -> None:
 
 
 def _wait(ranks: list[BaseProcess]) -> int:
-    code: int | None = None
     deadline = None
     interrupted = killed_by_us = False
     while any(rank.is_alive() for rank in ranks):

@@ -5,10 +5,11 @@ from typing import Any
 
 from rich.table import Table
 
+from fedfreeze.cap import MIB
 from fedfreeze.config import Config
 from fedfreeze.cost import Costs, StageCost, measure_costs
 from fedfreeze.data.store import open_store, prepare
-from fedfreeze.fleet import MIB, Fleet, make_fleet
+from fedfreeze.fleet import Fleet, make_fleet
 from fedfreeze.report import LastingConsole
 
 

@@ -75,6 +75,11 @@ class Stage(nn.Module):
         return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
 
 
+def sees_one_value(error: ValueError) -> bool:
+    """Tell whether a step failed because a normalisation layer saw a single value a channel; in torch's words."""
+    return "more than 1 value per channel" in str(error)
+
+
 def leaves_in_order(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yield the modules that run, in order, with nested Sequentials unfolded.
 

@@ -10,12 +10,12 @@ import numpy
 import torch
 
 import fedfreeze
+from fedfreeze.cap import MIB, enforcer_name
 from fedfreeze.comm import Ranks
 from fedfreeze.config import Config
 from fedfreeze.coordinator import Coordinator, train_loss
 from fedfreeze.data.store import Data
 from fedfreeze.errors import ExitCode, FedfreezeError, one_line
-from fedfreeze.fleet import MIB
 from fedfreeze.launcher import Launch
 from fedfreeze.round import RoundResult
 from fedfreeze.run_folder import RunFolder
@@ -27,7 +27,7 @@ class History:
     def __init__(self, config: Config, folder: RunFolder, launch: Launch, ranks: Ranks):
         self.config = config
         self.folder = folder
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "method": config.method.name,
             "model": config.model.name,
             "dataset": config.data.path or config.data.name,
@@ -37,8 +37,10 @@ class History:
             "transport": config.comm.transport,
             "backend": ranks.backend,
             "device": device_name(ranks.device),
-            "cap_enforcement": cap_enforcement(config, ranks.device),
+            "cap_enforcement": enforcer_name(ranks.device) if config.fleet.enforce else "none",
             "seed": config.seed,
+            "git_revision": git_revision(),
+            "versions": versions(),
         }
         self.accuracy: float | None = None
         self.best_accuracy: float | None = None
@@ -53,7 +55,7 @@ class History:
         """Seconds of all the parts of the run that stand."""
         return self.wall_before_s + time.monotonic() - self.started
 
-    def run_start(self, coordinator: Coordinator, data: Data) -> None:
+    def run_start(self, coordinator: Coordinator) -> None:
         """Note that a run starts or goes on."""
         self.begun = True
         self.folder.append_metrics(
@@ -62,8 +64,6 @@ class History:
                 "name": self.config.name,
                 "round": coordinator.round,
                 **self.facts,
-                "git_revision": git_revision(),
-                "versions": versions(),
             }
         )
         self.folder.write_summary(self._summary(coordinator, "running", None))
@@ -178,8 +178,6 @@ class History:
             "emulated_s": None,
             "wall_s": self.wall_s,
             "bytes_total": coordinator.bytes_total,
-            "git_revision": git_revision(),
-            "versions": versions(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,13 +196,6 @@ class History:
 def device_name(device: torch.device) -> str:
     """Return what computes, as a person would call it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-
-
-def cap_enforcement(config: Config, device: torch.device) -> str:
-    """Return what holds devices to their caps: none | tensor_bytes | cuda_memory_fraction."""
-    if not config.fleet.enforce:
-        return "none"
-    return "cuda_memory_fraction" if device.type == "cuda" else "tensor_bytes"
 
 
 def versions() -> dict[str, str]:

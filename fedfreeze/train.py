@@ -13,7 +13,7 @@ from fedfreeze.data.store import Data
 from fedfreeze.methods import Method
 from fedfreeze.reports import Assignment, DeviceReport, RoundPlan
 from fedfreeze.seeds import global_seed, torch_generator
-from fedfreeze.stage import LocalTrainer, Stage
+from fedfreeze.stage import LocalTrainer, Stage, sees_one_value
 
 
 class Emulator:
@@ -75,7 +75,7 @@ class Emulator:
                 assignment.device, len(rows), failed=str(error), out_of_memory=True, peak_bytes=error.needed_bytes
             )
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):  # torch's words where batch norm sees one value
+            if not sees_one_value(error):
                 raise
             return DeviceReport(assignment.device, len(rows), failed="a batch too small for batch normalisation")
         if report.failed is None:

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfreeze.aggregate import fraction_bits
+from fedfreeze.cap import MIB
 from fedfreeze.config_file import make_config
 from fedfreeze.coordinator import Coordinator, train_loss
 from fedfreeze.cost import Costs, StageCost
 from fedfreeze.errors import ConfigError
-from fedfreeze.fleet import MIB, Fleet
+from fedfreeze.fleet import Fleet
 from fedfreeze.reports import DeviceReport
 
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfreeze.cap import MIB
 from fedfreeze.config import FleetConfig
 from fedfreeze.errors import ConfigError
-from fedfreeze.fleet import MIB, Fleet, make_fleet
+from fedfreeze.fleet import Fleet, make_fleet
 
 
 def caps_mib(spec, devices: int = 5, seed: int = 0) -> np.ndarray:

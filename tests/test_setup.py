@@ -17,8 +17,8 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 # Ground floor first: a module imports only from its own floor or those below it.
 FLOORS = [
-    {"errors", "lock", "seeds", "config", "aggregate", "flat", "pace", "reports", "launcher"},
-    {"config_file", "models", "fleet", "cap", "comm"},
+    {"errors", "lock", "seeds", "config", "aggregate", "flat", "pace", "reports", "launcher", "cap"},
+    {"config_file", "models", "fleet", "comm"},
     {"blocks", "data", "stage", "checkpoint", "select"},
     {"methods", "run_folder"},
     {"cost", "train", "deploy"},

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
-from fedfreeze.aggregate import UpdateSum
+from fedfreeze.aggregate import UpdateSum, device_weight
 from fedfreeze.blocks import BlockedNetwork
 from fedfreeze.config import Config
 from fedfreeze.stage import Stage
@@ -55,7 +55,7 @@ class Method(ABC):
 
     def weight(self, samples: int) -> int:
         """Return a device's weight in the average."""
-        return samples if self.config.method.weights == "samples" else 1
+        return device_weight(self.config.method.weights, samples)
 
     def merge(self, values: torch.Tensor, update_sum: UpdateSum, weight_sum: int) -> torch.Tensor:
         """Return the next global values of the stage's flat buffer. [paper: FedAvg over what is trained]"""
