@@ -1,125 +1,239 @@
-"""The network cut into consecutive blocks, and the output modules that imitate the missing ones."""
+"""The network cut into consecutive blocks."""
 
-import itertools
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fedfreeze.config import MethodConfig, ModelConfig
+from fedfreeze.chain import Link, chain_of
+from fedfreeze.config import ModelConfig
+from fedfreeze.errors import ConfigError
 from fedfreeze.models import MODELS
-from fedfreeze.models.resnet import BasicBlock, conv3x3, norm_layer
+from fedfreeze.plugins import load_own, own_code, told
 from fedfreeze.seeds import global_seed
 
-Shape = tuple[int, int, int]  # channels, height, width
+ImageShape = tuple[int, int, int]  # channels, height, width
+Shape = tuple[
+    int, ...
+]  # what a block puts out for one image: (channels, height, width), (tokens, features), (features,)
+
+_HEAD_TYPES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Dropout, nn.LayerNorm)
+_NAMES_SHOWN = 40
 
 
 @dataclass(frozen=True)
 class BlockedNetwork:
     """A network and its cut: `blocks` and `head` share the modules of `network`; applied in order they are it."""
 
-    network: nn.Sequential
+    network: nn.Module
     blocks: tuple[nn.Sequential, ...]
     head: nn.Sequential
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     """What each block puts out for one image."""
     num_classes: int
+    places: tuple[str, ...]
+    """Names at which a block can sensibly begin: modules with weights, before the head."""
 
 
-def build_network(config: ModelConfig, image_shape: Shape, num_classes: int, seed: int) -> BlockedNetwork:
-    """Build and cut the configured network; its initial weights follow from the seed alone."""
+def build_network(config: ModelConfig, image_shape: ImageShape, num_classes: int, seed: int) -> BlockedNetwork:
+    """Build and cut the configured network; its initial weights follow from the seed alone. Raises ConfigError."""
     with global_seed(seed, "network"):
-        network, split = MODELS[config.name](config, num_classes, image_shape[0])
-    return cut_network(network, split, image_shape, num_classes)
+        if config.factory is None:
+            network, usual_split = MODELS[config.name](config, num_classes, image_shape)
+            return cut_network(network, config.split or usual_split, image_shape, num_classes)
+        own = _own_network(config, image_shape, num_classes)
+    return cut_network(own, config.split or [], image_shape, num_classes)
 
 
-def cut_network(network: nn.Sequential, split: list[str], image_shape: Shape, num_classes: int) -> BlockedNetwork:
-    """Cut an ordered network at the children named in `split`; the trailing pooling and classifier are the head."""
-    children = list(network.named_children())
-    head_start = _head_start(children)
-    starts = [i for i, (name, _) in enumerate(children) if name in split] + [head_start]
+def _own_network(config: ModelConfig, image_shape: ImageShape, num_classes: int) -> nn.Module:
+    """Return what the user's factory builds. Raises ConfigError."""
+    assert config.factory is not None
+    key = "model.factory"
+    factory = load_own(key, config.factory)
+    if not callable(factory):
+        raise ConfigError(f"{key}: {config.factory} is a {type(factory).__name__}, not a function")
+    with own_code(key, config.factory):
+        network = factory(
+            num_classes=num_classes, in_channels=image_shape[0], image_size=image_shape[1:], **config.options
+        )
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"{key}: {config.factory} returned a {type(network).__name__}, not a torch.nn.Module")
+    for name, parameter in network.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ConfigError(f"{key}: parameter {name} is {parameter.dtype}; networks train in float32 here")
+        if not parameter.requires_grad:
+            raise ConfigError(f"{key}: parameter {name} does not require gradients; fedfreeze does the freezing")
+    return network
+
+
+def cut_network(network: nn.Module, split: Sequence[str], image_shape: ImageShape, num_classes: int) -> BlockedNetwork:
+    """Cut a network at the modules named in `split`; the classifier and the pooling before it are the head.
+
+    The first block begins with the network, named or not. Raises ConfigError for names at which no block can begin, and
+    for a network that does not map images (batch, *image_shape) to logits (batch, num_classes).
+    """
+    links = chain_of(network)
+    shapes = _probe(network, links, image_shape, num_classes)
+    head_start = _head_start(links, shapes, num_classes)
+    starts = _starts(network, links[:head_start], split)
+    ends = [*starts[1:], head_start]
     blocks, names = [], []
-    for begin, end in itertools.pairwise(starts):
-        blocks.append(nn.Sequential(OrderedDict(children[begin:end])))
-        named = [name for name, child in children[begin:end] if any(True for _ in child.parameters())]
-        names.append(named[0] if len(named) == 1 else f"{named[0]}..{named[-1]}")
-    shapes = []
-    network.eval()  # a probe must not move running statistics
-    with torch.no_grad():
-        x = torch.zeros(1, *image_shape)
-        for block in blocks:
-            x = block(x)
-            shapes.append((x.shape[1], x.shape[2], x.shape[3]))
-    network.train()
+    for begin, end in zip(starts, ends, strict=True):
+        blocks.append(_sequential(links[begin:end]))
+        names.append(_block_name(links, begin, end))
+    head = _sequential(links[head_start:])
+    _check_nothing_shared([*blocks, head], [*names, "the head"])
     return BlockedNetwork(
         network,
         tuple(blocks),
-        nn.Sequential(OrderedDict(children[head_start:])),
+        head,
         tuple(names),
-        tuple(shapes),
+        tuple(shapes[end - 1] for end in ends),
         num_classes,
+        tuple(_places(links[:head_start])),
     )
 
 
-def _head_start(children: list[tuple[str, nn.Module]]) -> int:
-    """The head is the last Linear and what stands directly before it without parameters and not as an activation."""
-    start = max(i for i, (_, child) in enumerate(children) if isinstance(child, nn.Linear))
-    while start > 0 and isinstance(children[start - 1][1], (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Dropout)):
+def _check_nothing_shared(parts: Sequence[nn.Module], names: Sequence[str]) -> None:
+    """A frozen block must not change, so no tensor of it may be in another block. Raises ConfigError."""
+    owner: dict[int, str] = {}
+    for part, name in zip(parts, names, strict=True):
+        for tensor_name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+            if owner.setdefault(id(tensor), name) != name:
+                raise ConfigError(
+                    f"model.split: {tensor_name} of {name} is also in {owner[id(tensor)]}; what is frozen in one block "
+                    "must not train in another: let no block begin between the two"
+                )
+
+
+def _sequential(links: Sequence[Link]) -> nn.Sequential:
+    named: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, link in enumerate(links):
+        named[(link.name or f"operation{i}").replace(".", "_")] = link.module
+    if len(named) == len(links):
+        return nn.Sequential(named)
+    return nn.Sequential(*(link.module for link in links))
+
+
+def _probe(network: nn.Module, links: Sequence[Link], image_shape: ImageShape, num_classes: int) -> list[Shape]:
+    """Run one grey image through the chain; return the shape behind each link. Raises ConfigError."""
+    training = network.training
+    network.eval()  # a probe must not move running statistics
+    where = "the network"
+    try:
+        with torch.no_grad():
+            x: torch.Tensor = torch.full((1, *image_shape), 0.5)
+            shapes: list[Shape] = []
+            for link in links:
+                where = link.name or where
+                x = link.module(x)
+                shapes.append(tuple(x.shape[1:]))
+            where = "the network"
+            expected = network(torch.full((1, *image_shape), 0.5))
+            # on fake tensors there are no values to compare
+            same = isinstance(x, FakeTensor) or torch.equal(x, expected)
+    except Exception as error:
+        raise ConfigError(
+            f"model: {where} fails on an image of {_sizes(image_shape)} (channels x height x width): {told(error)}"
+        ) from None
+    finally:
+        network.train(training)
+    if tuple(expected.shape) != (1, num_classes):
+        raise ConfigError(
+            f"model: the network maps one image of {_sizes(image_shape)} to {_sizes(tuple(expected.shape))}, not to "
+            f"1x{num_classes} (one row, a logit for each class)"
+        )
+    if not same:
+        raise ConfigError(
+            "model: the modules of the network, one after the other, do not compute what its forward does; blocks "
+            "can be cut only where one value passes from one module to the next"
+        )
+    return shapes
+
+
+def _head_start(links: Sequence[Link], shapes: Sequence[Shape], num_classes: int) -> int:
+    """The head is the classifier and what stands directly before it: pooling, flattening, dropout, layer norm."""
+    classifiers = [
+        i
+        for i, link in enumerate(links)
+        for module in link.module.modules()
+        if isinstance(module, nn.Linear) and module.out_features == num_classes
+    ]
+    if not classifiers:
+        raise ConfigError(f"model: the network has no classifier, a torch.nn.Linear with {num_classes} outputs")
+    start = classifiers[-1]
+    while start > 1 and _belongs_to_head(links[start - 1], shapes[start - 2], shapes[start - 1]):
         start -= 1
+    if not any(link.has_parameters for link in links[:start]):
+        raise ConfigError("model: before its classifier the network has nothing to train, so there is no block")
     return start
 
 
-class OutputModules(nn.Module):
-    """What stands in for the blocks that are not there yet, for every stage. [paper: convolutions; kinds are ours]
-
-    The surrogate of a missing block has its stride and channel change. The kinds: `conv` one bare 3x3 convolution,
-    `conv_norm` with normalisation and activation, `block` a whole residual block, `pool` nothing (pooling and a linear
-    layer, what the paper argues against). The last stage's output module is the network's own head.
-    """
-
-    def __init__(self, blocked: BlockedNetwork, method: MethodConfig, norm: str, seed: int):
-        super().__init__()
-        self.carry = method.carry
-        self.seed = seed
-        self.last_stage = len(blocked.blocks) - 1
-        self.head = blocked.head
-        self.surrogates = nn.ModuleList()
-        self.pool_heads = nn.ModuleList()
-        with global_seed(seed, "output modules"):
-            if method.output_module == "pool":
-                for shape in blocked.shapes[:-1]:
-                    linear = nn.Linear(shape[0], blocked.num_classes)
-                    self.pool_heads.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear))
-            else:
-                for before, after in zip(blocked.shapes[:-1], blocked.shapes[1:], strict=True):
-                    self.surrogates.append(_surrogate(method.output_module, before, after, norm))
-
-    def for_stage(self, stage: int) -> nn.Sequential:
-        """Return the output module of a stage: surrogates of the later blocks, then pooling and classifier."""
-        if stage == self.last_stage:
-            return nn.Sequential(self.head)
-        if len(self.pool_heads):
-            return nn.Sequential(self.pool_heads[stage])
-        return nn.Sequential(*self.surrogates[stage:], self.head)
-
-    def begin_stage(self, stage: int) -> None:
-        """Start the stage's output module anew unless parts are carried over from the stage before."""
-        if stage == 0 or self.carry:
-            return
-        with global_seed(self.seed, "output modules", stage):
-            for module in self.for_stage(stage).modules():
-                reset = getattr(module, "reset_parameters", None)
-                if callable(reset):
-                    reset()
+def _belongs_to_head(link: Link, before: Shape, after: Shape) -> bool:
+    if isinstance(link.module, _HEAD_TYPES):
+        return True
+    if link.has_parameters or isinstance(link.module, nn.MaxPool2d):
+        return False
+    pools_all = len(before) == 3 and after[1:] == (1, 1) and before[1:] != (1, 1)
+    return len(after) < len(before) or pools_all
 
 
-def _surrogate(kind: str, before: Shape, after: Shape, norm: str) -> nn.Module:
-    stride = (max(1, round(before[1] / after[1])), max(1, round(before[2] / after[2])))
-    if kind == "block":
-        return BasicBlock(before[0], after[0], stride, norm)
-    convolution = conv3x3(before[0], after[0], stride)
-    if kind == "conv":
-        return convolution
-    return nn.Sequential(convolution, norm_layer(norm, after[0]), nn.ReLU(inplace=True))
+def _starts(network: nn.Module, links: Sequence[Link], split: Sequence[str]) -> list[int]:
+    """Return the positions at which blocks begin, the first always 0. Raises ConfigError."""
+    starts: dict[int, str] = {}
+    for name in split:
+        found = next((i for i, link in enumerate(links) if _is_or_begins(link, name)), None)
+        if found is None:
+            known = name in dict(network.named_modules())
+            why = "no block can begin at" if known else "the network has no module"
+            raise ConfigError(f"model.split: {why} {name!r}; blocks can begin at: {_listed(_places(links))}")
+        if found in starts:
+            raise ConfigError(f"model.split: {name!r} and {starts[found]!r} begin at the same place; drop one")
+        starts[found] = name
+    positions = sorted({0, *starts})
+    for begin, end in zip(positions, [*positions[1:], len(links)], strict=True):
+        if not any(link.has_parameters for link in links[begin:end]):
+            raise ConfigError(
+                f"model.split: the block that begins at {starts.get(begin, 'the start')!r} has nothing to train; "
+                f"blocks can begin at: {_listed(_places(links))}"
+            )
+    return positions
+
+
+def _is_or_begins(link: Link, name: str) -> bool:
+    """Whether a name is the link's own or that of a Sequential in which it comes first."""
+    return link.name is not None and (link.name == name or link.name.startswith(f"{name}."))
+
+
+def _places(links: Sequence[Link]) -> list[str]:
+    return [link.name for link in links if link.name is not None and link.has_weights]
+
+
+def _block_name(links: Sequence[Link], begin: int, end: int) -> str:
+    """Return the first and last module with parameters, each by the largest Sequential that lies in the block."""
+    named = [i for i in range(begin, end) if links[i].name is not None and links[i].has_parameters]
+    first, last = (_largest(links, begin, end, i) for i in (named[0], named[-1])) if named else ("?", "?")
+    return first if first == last else f"{first}..{last}"
+
+
+def _largest(links: Sequence[Link], begin: int, end: int, position: int) -> str:
+    name = links[position].name or ""
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        outer = ".".join(parts[:length])
+        if all(begin <= i < end for i, link in enumerate(links) if _is_or_begins(link, outer)):
+            return outer
+    return name
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(str(size) for size in shape)

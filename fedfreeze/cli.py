@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import fedfreeze
-from fedfreeze.config import Config
+from fedfreeze.config import Config, allowed_values
 from fedfreeze.config_file import load_config, shipped_experiments
 from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line
 from fedfreeze.launcher import detect_launch, run_local_ranks
@@ -158,9 +158,10 @@ def _config_help() -> str:
             continue
         for name, inner in field.type.__pydantic_fields__.items():  # type: ignore[union-attr]
             text = " ".join((inner.description or "").split()).replace("%", "%%")
-            choices = get_args(inner.annotation) if get_origin(inner.annotation) is Literal else ()
+            choices = allowed_values(inner.annotation)
             allowed = f" [{' | '.join(choices)}]" if choices else ""
-            lines.append(f"  --{field.name}.{name}={_as_yaml(inner.default)}{allowed}\n      {text}")
+            default = inner.get_default(call_default_factory=True)
+            lines.append(f"  --{field.name}.{name}={_as_yaml(default)}{allowed}\n      {text}")
     return "\n".join(lines)
 
 

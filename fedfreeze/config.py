@@ -1,6 +1,6 @@
 """The configuration: typed dataclasses, one a concern, a docstring with the unit under every field."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -13,15 +13,38 @@ NonNegative = Annotated[int, Field(ge=0, le=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
+# A class or function of the user's own, as `package.module:Name`; found in the folder of the start or installed.
+OwnObject = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+Options = dict[str, Any]
+
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
 class DataConfig:
     """What is learnt from, and how it is spread over the devices."""
 
     name: str = "digits"
-    """`digits` (embedded, 8x8 grey), or the name of a data set on the Hugging Face hub."""
+    """`digits` (embedded, 8x8 grey), `synthetic`, or the name of a data set on the Hugging Face hub."""
     path: str | None = None
-    """A folder of Parquet files (`train-*.parquet`, `test-*.parquet`); wins over `name`."""
+    """A folder, wins over `name`: of Parquet files (`train-*.parquet`, `test-*.parquet`) or of images
+    (`train/CLASS/*.png`, `test/CLASS/*.png`)."""
+    subset: str | None = None
+    """The configuration of a data set on the hub that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the hub; none: its newest."""
+    image_column: str | None = None
+    """The column of the images; none: the first of `img`, `image`, `images`."""
+    label_column: str | None = None
+    """The column of the labels (whole numbers from 0); none: the first of `label`, `labels`, `fine_label`."""
+    image_size: Annotated[int, Field(ge=1, le=10**4)] | None = None
+    """Pixels: scale and centre-crop every image to this square; none: images must all be of one size."""
+    synthetic_shape: Annotated[list[Annotated[int, Field(ge=1, le=10**4)]], Field(min_length=3, max_length=3)] = Field(
+        default_factory=lambda: [3, 32, 32]
+    )
+    """Channels, height and width of the images of `name: synthetic`."""
+    synthetic_samples: Annotated[int, Field(ge=10, le=10**8)] = 10_000
+    """Training samples of `name: synthetic`; a fifth as many come on top as test data."""
+    synthetic_classes: Annotated[int, Field(ge=2, le=10**5)] = 10
+    """Classes of `name: synthetic`."""
     partition: Literal["iid", "dirichlet", "shards"] = "dirichlet"
     """How the training samples are spread: evenly at random, by a Dirichlet draw a class, or by label-sorted shards."""
     alpha: PositiveFloat = 0.5
@@ -38,20 +61,37 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal["resnet8", "resnet10", "resnet18", "resnet34"] = "resnet8"
-    """The architecture, with a CIFAR stem (3x3 convolution, no pooling)."""
+    name: Literal["resnet8", "resnet10", "resnet18", "resnet34", "vgg11", "vgg16", "vit"] = "resnet8"
+    """The architecture: a ResNet with a CIFAR stem (3x3 convolution, no pooling), a VGG with a single linear layer, or
+    a small Vision Transformer."""
     width: Positive = 16
-    """Channels of the first block; each later block doubles them."""
+    """Channels of the first block (ResNet, VGG: later blocks double them), or the dimension of a token (ViT)."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation layer."""
+    """Normalisation layer of ResNets and VGGs (a ViT has layer normalisation)."""
+    factory: OwnObject | None = None
+    """A function of your own, `package.module:function`, wins over `name`; called with the keywords `num_classes`,
+    `in_channels`, `image_size` (height, width) and `model.options`, it returns the network (docs/extending.md)."""
+    split: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of the modules at which blocks begin; none: the usual cut of `name`. `fedfreeze plan CONFIG --cut` proposes
+    one for the fleet."""
+    options: Options = Field(default_factory=dict)
+    """Further keywords for `model.factory`."""
+
+    @property
+    def label(self) -> str:
+        """What tables and summaries call the network."""
+        return self.factory or f"{self.name} (width {self.width})"
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
 class MethodConfig:
     """The federated method."""
 
-    name: Literal["smartfreeze", "fedavg"] = "smartfreeze"
-    """`smartfreeze` trains block by block; `fedavg` trains the whole model at once."""
+    name: Literal["smartfreeze", "fedavg", "fedavg_checkpointing"] | OwnObject = "smartfreeze"
+    """`smartfreeze` trains block by block; `fedavg` the whole model at once; `fedavg_checkpointing` the same, with
+    activations computed anew in the backward pass instead of stored; or a class of your own, `package.module:Class`."""
+    options: Options = Field(default_factory=dict)
+    """Settings of a method of your own, which finds them in `config.method.options`."""
     output_module: Literal["conv_norm", "conv", "block", "pool"] = "conv_norm"
     """What imitates a missing block: convolution + norm + activation, bare convolution, residual block, or nothing."""
     carry: bool = True
@@ -105,8 +145,11 @@ class TrainConfig:
 class PaceConfig:
     """When a block is frozen."""
 
-    policy: Literal["perturbation", "fixed", "proportional", "plateau"] = "perturbation"
-    """Block perturbation, equal rounds a stage, rounds in proportion to parameters, or a plateau of the loss."""
+    policy: Literal["perturbation", "fixed", "proportional", "plateau"] | OwnObject = "perturbation"
+    """Block perturbation, equal rounds a stage, rounds in proportion to parameters, a plateau of the loss, or a class
+    of your own, `package.module:Class`."""
+    options: Options = Field(default_factory=dict)
+    """Settings of a policy of your own, which finds them in `config.options`."""
     window: Annotated[int, Field(ge=2, le=10**6)] = 10
     """Rounds whose updates one perturbation spans (Q)."""
     slope_window: Annotated[int, Field(ge=2, le=10**6)] = 10
@@ -131,8 +174,11 @@ class PaceConfig:
 class SelectConfig:
     """Which devices train in a round."""
 
-    name: Literal["uniform"] = "uniform"
-    """`uniform`: at random among the devices whose cap holds the stage."""
+    name: Literal["uniform"] | OwnObject = "uniform"
+    """`uniform`: at random among the devices whose cap holds the stage; or a class of your own,
+    `package.module:Class`."""
+    options: Options = Field(default_factory=dict)
+    """Settings of a selector of your own, which finds them in `config.select.options`."""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
@@ -166,6 +212,22 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
+class TrackConfig:
+    """Tracking of the run; metrics.jsonl stays the truth, and what fails here never stops training."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases, by rank 0; the variable WANDB_MODE can only make it quieter."""
+    project: str = "fedfreeze"
+    """Project of the run."""
+    entity: str | None = None
+    """User or team that owns the project; none: the default of whoever is logged in."""
+    group: str | None = None
+    """Group that ties several runs together, such as the seeds of one setting."""
+    tags: list[str] = Field(default_factory=list)
+    """Tags of the run."""
+
+
+@dataclass(kw_only=True, frozen=True, config=_STRICT)
 class Config:
     """A whole run."""
 
@@ -193,7 +255,18 @@ class Config:
     """Evaluation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    """Tracking."""
 
 
 # A resumed run may differ in these sections only; anything else would make it another run.
-RESUME_MAY_DIFFER = ("comm", "checkpoint")
+RESUME_MAY_DIFFER = ("comm", "checkpoint", "track")
+
+
+def allowed_values(annotation: Any) -> list[str]:
+    """Return the names that a key allows, `package.module:Class` for the user's own; none where it is no choice."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    members = get_args(annotation)
+    literal = [name for member in members for name in allowed_values(member)]
+    return [*literal, "package.module:Class"] if literal and OwnObject in members else literal

@@ -219,7 +219,11 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "literal_error":
         expected = str(first.get("ctx", {}).get("expected", ""))
         choices = re.findall(r"'([^']*)'", expected)
-        return f"{key}: {value!r} is not allowed{_nearest(str(value), choices)}; allowed: {', '.join(choices)}{more}"
+        own = any(e["type"] == "string_pattern_mismatch" and e["loc"][:2] == first["loc"][:2] for e in error.errors())
+        listed = ", ".join([*choices, *(["package.module:Class"] if own else [])])
+        return f"{key}: {value!r} is not allowed{_nearest(str(value), choices)}; allowed: {listed}{more}"
+    if first["type"] == "string_pattern_mismatch":
+        return f"{key}: {value!r} is not of the form package.module:name{more}"
     message = first["msg"]
     if len({e["type"] for e in error.errors() if e["loc"][:2] == first["loc"][:2]}) > 1:
         messages = dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2])
@@ -239,3 +243,11 @@ def _check_rules(config: Config) -> None:
     pace = config.pace
     if pace.max_rounds is not None and pace.max_rounds < pace.min_rounds:
         raise ConfigError(f"pace.max_rounds: {pace.max_rounds} is less than pace.min_rounds ({pace.min_rounds})")
+    split = config.model.split or []
+    for name in split:
+        if split.count(name) > 1:
+            raise ConfigError(f"model.split: {name!r} is named {split.count(name)} times; a block begins once")
+    sections = {"method": config.method.name, "select": config.select.name, "pace": config.pace.policy}
+    for section, owner in (*sections.items(), ("model", config.model.factory or config.model.name)):
+        if getattr(config, section).options and ":" not in owner:
+            raise ConfigError(f"{section}.options: {owner!r} takes none; they are for your own (package.module:name)")

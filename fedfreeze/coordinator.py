@@ -11,7 +11,8 @@ from fedfreeze.config import Config
 from fedfreeze.cost import FLOAT_BYTES, Costs
 from fedfreeze.errors import ConfigError
 from fedfreeze.fleet import Fleet
-from fedfreeze.pace import POLICIES, StageRound
+from fedfreeze.pace import StageRound, make_policy
+from fedfreeze.plugins import own_code
 from fedfreeze.reports import Assignment, DeviceReport, RoundPlan, Verdict
 from fedfreeze.select import make_selector
 
@@ -41,7 +42,7 @@ class Coordinator:
         self.eligible = [fleet.eligible(cost.memory_bytes) for cost in costs.stages]
         self._check_stages_fit()
         self.selector = make_selector(config)
-        self.pace = POLICIES[self.policy](pace, config.train.rounds, [cost.active_parameters for cost in costs.stages])
+        self.pace = make_policy(pace, config.train.rounds, [cost.active_parameters for cost in costs.stages])
         self.round = 0
         self.stage = 0
         self.stage_round = 0
@@ -87,7 +88,7 @@ class Coordinator:
                 f"every device that should hold stage {cost.name!r} ({cost.memory_bytes / MIB:.1f} MiB predicted) ran "
                 "out of memory in it; raise fleet.memory_cap_mib"
             )
-        devices = self.selector.select(self.round, candidates, self.config.train.participants)
+        devices = self._select(candidates)
         weights = [device_weight(self.config.method.weights, self.samples[device]) for device in devices]
         return RoundPlan(
             round=self.round,
@@ -97,6 +98,19 @@ class Coordinator:
             learning_rate=self._learning_rate(),
             fraction_bits=fraction_bits(sum(weights)),
         )
+
+    def _select(self, candidates: Sequence[int]) -> list[int]:
+        """Ask the selector, and hold a selector of the user's own to its promise. Raises ConfigError."""
+        key, name, count = "select.name", self.config.select.name, self.config.train.participants
+        with own_code(key, name):
+            devices = [int(device) for device in self.selector.select(self.round, candidates, count)]
+        different = set(devices)
+        if not 1 <= len(devices) <= count or len(different) < len(devices) or not different <= set(candidates):
+            raise ConfigError(
+                f"{key}: {name} returned {devices[:20]} in round {self.round}; it must return 1 to {count} different "
+                f"devices of the {len(candidates)} candidates"
+            )
+        return devices
 
     def _assign(self, devices: Sequence[int]) -> tuple[Assignment, ...]:
         """Give the device with most samples to the rank with least work; the result does not depend on it."""
@@ -117,7 +131,8 @@ class Coordinator:
 
     def judge(self, reports: Sequence[DeviceReport], perturbation: float | None) -> Verdict:
         """Learn from a round and decide what follows. `reports` in the order of device numbers."""
-        self.selector.observe(reports)
+        with own_code("select.name", self.config.select.name):
+            self.selector.observe(reports)
         self.ran_out.update(report.device for report in reports if report.out_of_memory)
         completed = [report for report in reports if report.failed is None]
         for report in completed:
@@ -125,9 +140,10 @@ class Coordinator:
             self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
             self.peak_sum_bytes += report.peak_bytes
         self.device_rounds += len(completed)
-        decision = self.pace.observe(StageRound(self.stage, self.stage_round, perturbation, train_loss(reports)))
+        with own_code("pace.policy", self.policy):
+            decision = self.pace.observe(StageRound(self.stage, self.stage_round, perturbation, train_loss(reports)))
         out_of_rounds = self.round >= self.config.train.rounds
-        end_stage = decision.reason if decision.freeze else ("round_limit" if out_of_rounds else None)
+        end_stage = (decision.reason or "converged") if decision.freeze else ("round_limit" if out_of_rounds else None)
         stop = out_of_rounds or (end_stage is not None and self.stage == len(self.costs.stages) - 1)
         self.ended = stop
         return Verdict(

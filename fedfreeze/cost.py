@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fedfreeze.blocks import BlockedNetwork, Shape, build_network
+from fedfreeze.blocks import BlockedNetwork, ImageShape, build_network
 from fedfreeze.cap import count_peak
 from fedfreeze.config import Config
 from fedfreeze.errors import ConfigError
 from fedfreeze.methods import full_model_stage, make_method
+from fedfreeze.plugins import own_code
 from fedfreeze.stage import LocalTrainer, Stage, sees_one_value
 
 FLOAT_BYTES = 4
@@ -50,7 +52,7 @@ class Costs:
     full: StageCost
 
 
-def measure_costs(config: Config, image_shape: Shape, num_classes: int) -> Costs:
+def measure_costs(config: Config, image_shape: ImageShape, num_classes: int) -> Costs:
     """Predict the cost of every stage and of the full model; nothing is allocated and nothing is trained.
 
     Raises ConfigError for a batch that the network's normalisation layers cannot take.
@@ -63,12 +65,13 @@ def measure_costs(config: Config, image_shape: Shape, num_classes: int) -> Costs
         height, width = image_shape[1:]
         raise ConfigError(
             f"train.batch_size: {config.train.batch_size} is too small for the normalisation layers of "
-            f"{config.model.name} on {height}x{width} images, where the last block puts out one pixel; use 2 or more"
+            f"{config.model.label} on {height}x{width} images, where the last block puts out one pixel; use 2 or more"
         ) from None
 
 
-def _measure(config: Config, image_shape: Shape, num_classes: int) -> Costs:
-    with FakeTensorMode():
+def _measure(config: Config, image_shape: ImageShape, num_classes: int) -> Costs:
+    # a factory of the user's own may load weights or make constants of its own
+    with FakeTensorMode(allow_non_fake_inputs=True), own_code("model.factory", config.model.factory or ""):
         blocked = build_network(config.model, image_shape, num_classes, config.seed)
         method = make_method(config, blocked)
         cpu = torch.device("cpu")
@@ -81,12 +84,12 @@ def _measure(config: Config, image_shape: Shape, num_classes: int) -> Costs:
     return Costs(tuple(stages), full)
 
 
-def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: Shape) -> StageCost:
+def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape) -> StageCost:
     stage = full_model_stage(blocked, torch.device("cpu"))
     return _stage_cost(config, "full model", stage, image_shape)
 
 
-def _stage_cost(config: Config, name: str, stage: Stage, image_shape: Shape) -> StageCost:
+def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape) -> StageCost:
     batch = config.train.batch_size
     trainer = LocalTrainer(stage, config.train)
     images = torch.zeros(batch, *image_shape)
@@ -105,7 +108,22 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: Shape) -> 
     )
 
 
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# torch counts attention on GPUs only
+_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
 def _flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
         run()
     return counter.get_total_flops()

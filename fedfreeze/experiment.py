@@ -25,7 +25,7 @@ from fedfreeze.data.store import Data, open_store, prepare
 from fedfreeze.errors import ConfigError, DataError, ExitCode, FedfreezeError, UnavailableError
 from fedfreeze.fleet import Fleet, make_fleet
 from fedfreeze.launcher import Launch
-from fedfreeze.methods import METHODS, make_method
+from fedfreeze.methods import Method, make_method, method_class
 from fedfreeze.pace import PerturbationWindow
 from fedfreeze.report import Reporter
 from fedfreeze.round import RoundResult, run_round
@@ -154,16 +154,19 @@ class Experiment:
         fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
         # before the network is built: what no device can hold may not fit this machine either
         ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
-        blocked = build_network(config.model, self.data.image_shape, self.data.num_classes, config.seed)
-        self.method = make_method(config, blocked)
+        self.method = ranks.together(self._build)
         self.emulator = Emulator(config, self.data, parts, self.method, device)
         self.window = PerturbationWindow(config.pace.window)
         self.checkpoints = CheckpointStore(folder.path / "checkpoints", config.checkpoint.keep, reporter.notice)
 
+    def _build(self) -> Method:
+        blocked = build_network(self.config.model, self.data.image_shape, self.data.num_classes, self.config.seed)
+        return make_method(self.config, blocked)
+
     def _make_coordinator(self, fleet: Fleet, samples: list[int]) -> None:
         """On rank 0 alone: what a stage costs is predicted once, and everyone learns of it by the plans."""
         costs = measure_costs(self.config, self.data.image_shape, self.data.num_classes)
-        world_size, paced = self.ranks.world_size, METHODS[self.config.method.name].paced
+        world_size, paced = self.ranks.world_size, method_class(self.config).paced
         self.coordinator = Coordinator(self.config, fleet, samples, costs, world_size=world_size, paced=paced)
 
     def run(self) -> int:

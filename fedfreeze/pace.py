@@ -3,13 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fedfreeze.config import PaceConfig
+from fedfreeze.plugins import choose_class, own_code
 
 _CHUNK_ELEMENTS = 1 << 18  # keeps the temporaries of a perturbation in cache, however large the block
 
@@ -79,7 +80,7 @@ class PacePolicy(ABC):
 
     def observe(self, seen: StageRound) -> PaceDecision:
         """Return the decision after a round; forgets the stage when it ends."""
-        decision = self._decide(seen)
+        decision = self.decision_after(seen)
         limit = self.config.max_rounds
         if not decision.freeze and limit is not None and seen.stage_round >= limit:
             decision = PaceDecision(True, "round_limit", decision.slope)
@@ -89,9 +90,10 @@ class PacePolicy(ABC):
         return decision
 
     @abstractmethod
-    def _decide(self, seen: StageRound) -> PaceDecision: ...
+    def decision_after(self, seen: StageRound) -> PaceDecision:
+        """Return whether to freeze after this round; `passed` counts checks that hold in a row."""
 
-    def _passed(self, holds: bool, seen: StageRound, slope: float | None) -> PaceDecision:
+    def passed(self, holds: bool, seen: StageRound, slope: float | None) -> PaceDecision:
         """Count checks in a row, and freeze after enough of them."""
         self.checks_passed = self.checks_passed + 1 if holds and seen.stage_round >= self.config.min_rounds else 0
         freeze = self.checks_passed >= self.config.checks
@@ -120,32 +122,34 @@ class Perturbation(PacePolicy):
     values within +-phi; both for C rounds in a row.
     """
 
-    def _decide(self, seen: StageRound) -> PaceDecision:
+    def decision_after(self, seen: StageRound) -> PaceDecision:
+        """See PacePolicy."""
         config = self.config
         if seen.perturbation is None:
-            return self._passed(False, seen, None)
+            return self.passed(False, seen, None)
         self.history.append(seen.perturbation)
         if len(self.history) < config.slope_window:
-            return self._passed(False, seen, None)
+            return self.passed(False, seen, None)
         slope = slope_per_round(self.history[-config.slope_window :])
         level = max(config.relative_level * max(self.history), config.noise_level / math.sqrt(config.window))
-        return self._passed(seen.perturbation < level and abs(slope) <= config.slope_limit, seen, slope)
+        return self.passed(seen.perturbation < level and abs(slope) <= config.slope_limit, seen, slope)
 
 
 class Plateau(PacePolicy):
     """Freeze when the training loss has stopped falling. [ours, for comparison]"""
 
-    def _decide(self, seen: StageRound) -> PaceDecision:
+    def decision_after(self, seen: StageRound) -> PaceDecision:
+        """See PacePolicy."""
         if seen.train_loss is None:
-            return self._passed(False, seen, None)
+            return self.passed(False, seen, None)
         self.history.append(seen.train_loss)
         span = self.config.slope_window
         if len(self.history) < span:
-            return self._passed(False, seen, None)
+            return self.passed(False, seen, None)
         recent = self.history[-span:]
         slope = slope_per_round(recent)
         fall = -slope * (span - 1) / max(float(np.mean(recent)), 1e-12)
-        return self._passed(fall <= self.config.improvement, seen, slope)
+        return self.passed(fall <= self.config.improvement, seen, slope)
 
 
 class _Budget(PacePolicy):
@@ -155,7 +159,8 @@ class _Budget(PacePolicy):
     def budgets(self) -> list[int]:
         """Return the rounds of each stage."""
 
-    def _decide(self, seen: StageRound) -> PaceDecision:
+    def decision_after(self, seen: StageRound) -> PaceDecision:
+        """See PacePolicy."""
         freeze = seen.stage_round >= self.budgets()[seen.stage]
         return PaceDecision(freeze, "fixed" if freeze else None)
 
@@ -188,9 +193,16 @@ def _share_out(total: int, weights: Sequence[int]) -> list[int]:
     return shares
 
 
-POLICIES: dict[str, Callable[[PaceConfig, int, Sequence[int]], PacePolicy]] = {
+POLICIES: dict[str, type[PacePolicy]] = {
     "perturbation": Perturbation,
     "fixed": Fixed,
     "proportional": Proportional,
     "plateau": Plateau,
 }
+
+
+def make_policy(config: PaceConfig, total_rounds: int, active_parameters: Sequence[int]) -> PacePolicy:
+    """Return the configured policy, registered or the user's own. Raises ConfigError."""
+    key, name = "pace.policy", config.policy
+    with own_code(key, name):
+        return choose_class(key, name, POLICIES, PacePolicy)(config, total_rounds, active_parameters)

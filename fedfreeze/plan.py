@@ -22,7 +22,7 @@ def plan(config: Config, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"batch_size": config.train.batch_size, "devices": len(fleet), "stages": rows}, indent=2))
         return
-    title = f"{config.model.name}, width {config.model.width}, batch {config.train.batch_size}, {len(fleet)} devices"
+    title = f"{config.model.label}, batch {config.train.batch_size}, {len(fleet)} devices"
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline")
     for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", "frozen", "up MiB", "eligible"):
         table.add_column(heading, justify="left" if heading == "blocks" else "right", overflow="fold")

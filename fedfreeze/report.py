@@ -70,10 +70,7 @@ class Reporter:
         self.max_rounds = config.train.rounds
         self.num_stages = len(coordinator.costs.stages)
         facts = history.facts
-        self.say(
-            f"{config.name}: {config.method.name}, {config.model.name} (width {config.model.width}) on "
-            f"{facts['dataset']}, seed {config.seed}"
-        )
+        self.say(f"{config.name}: {config.method.name}, {config.model.label} on {facts['dataset']}, seed {config.seed}")
         self.say(
             f"{len(coordinator.fleet)} devices on {ranks.world_size} rank{'s' * (ranks.world_size > 1)} "
             f"({facts['device']}, backend {ranks.backend}), {config.train.participants} a round; "

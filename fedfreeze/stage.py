@@ -8,6 +8,7 @@ import torch._dynamo
 from torch import nn
 from torch.nn import functional
 
+from fedfreeze.chain import is_plain_sequential
 from fedfreeze.config import TrainConfig
 from fedfreeze.flat import FlatPart
 
@@ -87,8 +88,8 @@ def leaves_in_order(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     gradients that is a whole activation more than is needed (32 MiB in ResNet-18 at batch 128).
     """
     for module in modules:
-        if isinstance(module, nn.Sequential):
-            yield from leaves_in_order(module)
+        if isinstance(module, nn.ModuleList) or is_plain_sequential(module):
+            yield from leaves_in_order(module.children())
         else:
             yield module
 

@@ -29,7 +29,7 @@ class History:
         self.folder = folder
         self.facts: dict[str, Any] = {
             "method": config.method.name,
-            "model": config.model.name,
+            "model": config.model.factory or config.model.name,
             "dataset": config.data.path or config.data.name,
             "world_size": ranks.world_size,
             "hosts": sorted(set(ranks.rank_hosts)),

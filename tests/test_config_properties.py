@@ -157,8 +157,14 @@ def test_a_difference_names_key_and_both_values(change, says):
 
 
 def test_what_a_resume_may_change_is_no_difference():
-    changed = make_config({"comm": {"timeout_s": 5}, "checkpoint": {"every_rounds": 4, "keep": 3}})
-    assert set(RESUME_MAY_DIFFER) == {"comm", "checkpoint"}
+    changed = make_config(
+        {
+            "comm": {"timeout_s": 5},
+            "checkpoint": {"every_rounds": 4, "keep": 3},
+            "track": {"wandb": "offline", "group": "g"},
+        }
+    )
+    assert set(RESUME_MAY_DIFFER) == {"comm", "checkpoint", "track"}
     assert config_difference(config_values(Config()), config_values(changed)) is None
 
 

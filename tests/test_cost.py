@@ -6,7 +6,7 @@ import torch
 from fedfreeze.blocks import build_network
 from fedfreeze.cap import count_peak
 from fedfreeze.config_file import make_config
-from fedfreeze.cost import measure_costs
+from fedfreeze.cost import StageCost, measure_costs
 from fedfreeze.methods import full_model_stage, make_method
 from fedfreeze.stage import LocalTrainer, Stage
 
@@ -41,6 +41,41 @@ def test_prediction_equals_measurement(kind: str, norm: str) -> None:
         method.leave_stage(stage)
     full = full_model_stage(build_network(config.model, shape, 10, 0), CPU)
     assert measured_peak(full, config, 8, shape) == costs.full.memory_bytes
+
+
+@pytest.mark.parametrize("model", ["vgg11", "vit"])
+@pytest.mark.parametrize("method_name", ["smartfreeze", "fedavg_checkpointing"])
+def test_prediction_equals_measurement_for_other_architectures(model: str, method_name: str) -> None:
+    shape = (3, 16, 16)
+    values = {"model": {"name": model, "width": 8}, "method": {"name": method_name}, "train": {"batch_size": 8}}
+    config = make_config(values)
+    costs = measure_costs(config, shape, 10)
+    method = make_method(config, build_network(config.model, shape, 10, 0))
+    for index, cost in enumerate(costs.stages):
+        stage = method.enter_stage(index, CPU)
+        assert measured_peak(stage, config, 8, shape) == cost.memory_bytes
+        method.leave_stage(stage)
+
+
+def test_flops_of_a_transformer_against_a_hand_count() -> None:
+    values = {"model": {"name": "vit", "width": 64}, "method": {"name": "fedavg"}, "train": {"batch_size": 2}}
+    counted = measure_costs(make_config(values), (3, 32, 32), 10).stages[0].step_flops
+    tokens, dimension = 2 * 64, 64
+    linear = 2 * 12 * dimension**2 * tokens * 8  # query, key, value, projection and a perceptron of four times
+    attention = 2 * 2 * 64 * dimension * tokens * 8  # the backward pass computes the scores again: 2.5 times
+    embedding = 2 * 3 * 4 * 4 * dimension * tokens  # images need no gradient
+    assert counted == 3 * linear + 3.5 * attention + 2 * embedding + 3 * 2 * dimension * 10 * 2
+
+
+def test_checkpointing_needs_less_memory_and_one_more_forward_pass() -> None:
+    def cost(name: str) -> StageCost:
+        values = {"model": {"name": "resnet10", "width": 16}, "method": {"name": name}, "train": {"batch_size": 32}}
+        return measure_costs(make_config(values), (3, 32, 32), 10).stages[0]
+
+    stored, recomputed = cost("fedavg"), cost("fedavg_checkpointing")
+    assert recomputed.memory_bytes < 0.75 * stored.memory_bytes
+    assert recomputed.trained_elements == stored.trained_elements
+    assert 1.3 < recomputed.step_flops / stored.step_flops < 1.4
 
 
 def test_flops_and_elements_against_a_hand_count() -> None:

@@ -17,14 +17,15 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 # Ground floor first: a module imports only from its own floor or those below it.
 FLOORS = [
-    {"errors", "lock", "seeds", "config", "aggregate", "flat", "pace", "reports", "launcher", "cap"},
-    {"config_file", "models", "fleet", "comm"},
-    {"blocks", "data", "stage", "checkpoint", "select"},
-    {"methods", "run_folder"},
+    {"errors", "lock", "seeds", "config", "aggregate", "flat", "reports", "launcher", "cap"},
+    {"config_file", "plugins", "chain", "models", "fleet", "comm"},
+    {"blocks", "data", "stage", "checkpoint", "select", "pace"},
+    {"output_modules", "run_folder"},
+    {"methods"},
     {"cost", "train", "deploy"},
     {"coordinator"},
     {"round"},
-    {"summary", "report", "plan"},
+    {"summary", "report", "plan", "track"},
     {"experiment"},
     {"cli", "__main__"},
 ]

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedfreeze.blocks import BlockedNetwork, OutputModules, build_network, cut_network
+from fedfreeze.blocks import BlockedNetwork, build_network, cut_network
 from fedfreeze.config import MethodConfig
 from fedfreeze.config_file import make_config
 from fedfreeze.flat import FlatPart
 from fedfreeze.methods import make_method
+from fedfreeze.output_modules import OutputModules
 from fedfreeze.stage import LocalTrainer
 
 CPU = torch.device("cpu")

@@ -4,13 +4,25 @@ from fedfreeze.blocks import BlockedNetwork
 from fedfreeze.config import Config
 from fedfreeze.methods.base import Method
 from fedfreeze.methods.fedavg import FedAvg, full_model_stage
+from fedfreeze.methods.fedavg_checkpointing import FedAvgCheckpointing
 from fedfreeze.methods.smartfreeze import SmartFreeze
+from fedfreeze.plugins import choose_class, own_code
 
-__all__ = ["METHODS", "Method", "full_model_stage", "make_method"]
+__all__ = ["METHODS", "Method", "full_model_stage", "make_method", "method_class"]
 
-METHODS: dict[str, type[Method]] = {"smartfreeze": SmartFreeze, "fedavg": FedAvg}
+METHODS: dict[str, type[Method]] = {
+    "smartfreeze": SmartFreeze,
+    "fedavg": FedAvg,
+    "fedavg_checkpointing": FedAvgCheckpointing,
+}
+
+
+def method_class(config: Config) -> type[Method]:
+    """Return the class of the configured method, registered or the user's own. Raises ConfigError."""
+    return choose_class("method.name", config.method.name, METHODS, Method)
 
 
 def make_method(config: Config, blocked: BlockedNetwork) -> Method:
-    """Return the configured method over a network."""
-    return METHODS[config.method.name](config, blocked)
+    """Return the configured method over a network. Raises ConfigError."""
+    with own_code("method.name", config.method.name):
+        return method_class(config)(config, blocked)

@@ -6,13 +6,18 @@ from torch import nn
 
 from fedfreeze.config import ModelConfig
 from fedfreeze.models.resnet import resnet
+from fedfreeze.models.vgg import vgg
+from fedfreeze.models.vit import vit
 
-# (config, num_classes, in_channels) -> the network as ordered named children, and the children at which blocks begin
-Builder = Callable[[ModelConfig, int, int], tuple[nn.Sequential, list[str]]]
+# (config, num_classes, image_shape) -> the network as ordered named children, and where its usual blocks begin
+Builder = Callable[[ModelConfig, int, tuple[int, int, int]], tuple[nn.Sequential, list[str]]]
 
 MODELS: dict[str, Builder] = {
     "resnet8": resnet([1, 1, 1]),
     "resnet10": resnet([1, 1, 1, 1]),
     "resnet18": resnet([2, 2, 2, 2]),
     "resnet34": resnet([3, 4, 6, 3]),
+    "vgg11": vgg([1, 1, 2, 2, 2]),
+    "vgg16": vgg([2, 2, 3, 3, 3]),
+    "vit": vit(layers=8, layers_a_block=2),
 }

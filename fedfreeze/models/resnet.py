@@ -50,16 +50,18 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-def resnet(depths: list[int]) -> Callable[[ModelConfig, int, int], tuple[nn.Sequential, list[str]]]:
+def resnet(depths: list[int]) -> Callable[[ModelConfig, int, tuple[int, int, int]], tuple[nn.Sequential, list[str]]]:
     """Return a builder of a ResNet with `depths[i]` residual blocks in its layer i + 1.
 
     The blocks of the paper's split are stem + layer1, layer2, layer3, ... [ours, after the first author's NeuLite code]
     """
 
-    def build(config: ModelConfig, num_classes: int, in_channels: int) -> tuple[nn.Sequential, list[str]]:
+    def build(
+        config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int]
+    ) -> tuple[nn.Sequential, list[str]]:
         width = config.width
         children: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=conv3x3(in_channels, width), norm1=norm_layer(config.norm, width), relu1=nn.ReLU(inplace=True)
+            conv1=conv3x3(image_shape[0], width), norm1=norm_layer(config.norm, width), relu1=nn.ReLU(inplace=True)
         )
         channels = width
         for i, depth in enumerate(depths):
