@@ -39,14 +39,53 @@ class BlockedNetwork:
     """Names at which a block can sensibly begin: modules with weights, before the head."""
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A network that was followed and probed, to be cut any number of times."""
+
+    network: nn.Module
+    links: tuple[Link, ...]
+    shapes: tuple[Shape, ...]
+    """What each link puts out for one image."""
+    head_start: int
+    num_classes: int
+    usual_split: tuple[str, ...]
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Names at which a block can sensibly begin: modules with weights, before the head."""
+        return tuple(_places(self.links[: self.head_start]))
+
+    def cut(self, split: Sequence[str]) -> BlockedNetwork:
+        """Cut at the modules named in `split`; the first block begins with the network, named or not.
+
+        Raises ConfigError for names at which no block can begin.
+        """
+        starts = _starts(self.network, self.links[: self.head_start], split)
+        ends = [*starts[1:], self.head_start]
+        blocks, names = [], []
+        for begin, end in zip(starts, ends, strict=True):
+            blocks.append(_sequential(self.links[begin:end]))
+            names.append(_block_name(self.links, begin, end))
+        head = _sequential(self.links[self.head_start :])
+        _check_nothing_shared([*blocks, head], [*names, "the head"])
+        shapes = tuple(self.shapes[end - 1] for end in ends)
+        return BlockedNetwork(self.network, tuple(blocks), head, tuple(names), shapes, self.num_classes, self.places)
+
+
 def build_network(config: ModelConfig, image_shape: ImageShape, num_classes: int, seed: int) -> BlockedNetwork:
     """Build and cut the configured network; its initial weights follow from the seed alone. Raises ConfigError."""
+    outline = build_outline(config, image_shape, num_classes, seed)
+    return outline.cut(config.split or outline.usual_split)
+
+
+def build_outline(config: ModelConfig, image_shape: ImageShape, num_classes: int, seed: int) -> Outline:
+    """Build the configured network, ready to be cut. Raises ConfigError."""
     with global_seed(seed, "network"):
         if config.factory is None:
             network, usual_split = MODELS[config.name](config, num_classes, image_shape)
-            return cut_network(network, config.split or usual_split, image_shape, num_classes)
-        own = _own_network(config, image_shape, num_classes)
-    return cut_network(own, config.split or [], image_shape, num_classes)
+            return outline_of(network, image_shape, num_classes, usual_split)
+        return outline_of(_own_network(config, image_shape, num_classes), image_shape, num_classes)
 
 
 def _own_network(config: ModelConfig, image_shape: ImageShape, num_classes: int) -> nn.Module:
@@ -70,32 +109,17 @@ def _own_network(config: ModelConfig, image_shape: ImageShape, num_classes: int)
     return network
 
 
-def cut_network(network: nn.Module, split: Sequence[str], image_shape: ImageShape, num_classes: int) -> BlockedNetwork:
-    """Cut a network at the modules named in `split`; the classifier and the pooling before it are the head.
+def outline_of(
+    network: nn.Module, image_shape: ImageShape, num_classes: int, usual_split: Sequence[str] = ()
+) -> Outline:
+    """Follow and probe a network; the classifier and the pooling before it are its head.
 
-    The first block begins with the network, named or not. Raises ConfigError for names at which no block can begin, and
-    for a network that does not map images (batch, *image_shape) to logits (batch, num_classes).
+    Raises ConfigError for one that does not map images (batch, *image_shape) to logits (batch, num_classes).
     """
     links = chain_of(network)
     shapes = _probe(network, links, image_shape, num_classes)
     head_start = _head_start(links, shapes, num_classes)
-    starts = _starts(network, links[:head_start], split)
-    ends = [*starts[1:], head_start]
-    blocks, names = [], []
-    for begin, end in zip(starts, ends, strict=True):
-        blocks.append(_sequential(links[begin:end]))
-        names.append(_block_name(links, begin, end))
-    head = _sequential(links[head_start:])
-    _check_nothing_shared([*blocks, head], [*names, "the head"])
-    return BlockedNetwork(
-        network,
-        tuple(blocks),
-        head,
-        tuple(names),
-        tuple(shapes[end - 1] for end in ends),
-        num_classes,
-        tuple(_places(links[:head_start])),
-    )
+    return Outline(network, tuple(links), tuple(shapes), head_start, num_classes, tuple(usual_split))
 
 
 def _check_nothing_shared(parts: Sequence[nn.Module], names: Sequence[str]) -> None:

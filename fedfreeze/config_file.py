@@ -69,6 +69,9 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 def make_config(values: dict[str, Any]) -> Config:
     """Check plain values against the schema and the rules between keys. Raises ConfigError."""
     _check_known_keys(values)
+    track = values.get("track")
+    if track and track.get("wandb") is False:  # YAML's own reading of `off`
+        values = values | {"track": track | {"wandb": "off"}}
     try:
         # as JSON: there, strict still takes a mapping for a section and a whole number for a float
         text = json.dumps(values, default=str)

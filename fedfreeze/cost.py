@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fedfreeze.blocks import BlockedNetwork, ImageShape, build_network
 from fedfreeze.cap import count_peak
-from fedfreeze.config import Config
+from fedfreeze.config import Config, TrainConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.methods import full_model_stage, make_method
 from fedfreeze.plugins import own_code
@@ -90,11 +90,8 @@ def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape)
 
 
 def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape) -> StageCost:
-    batch = config.train.batch_size
-    trainer = LocalTrainer(stage, config.train)
-    images = torch.zeros(batch, *image_shape)
-    labels = torch.zeros(batch, dtype=torch.int64)
-    memory = count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+    memory = step_memory(stage, config.train, image_shape)
+    trainer, images, labels = _one_step(stage, config.train, image_shape)
     step_flops = _flops(lambda: trainer.step(images, labels))
     frozen_flops = _flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
     return StageCost(
@@ -105,6 +102,23 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
         trained_elements=len(stage.flat),
         active_parameters=stage.flat.active_parameters,
         frozen_elements=stage.frozen_elements,
+    )
+
+
+def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> int:
+    """Return the peak of live tensor bytes in one training step of a stage; call it under FakeTensorMode."""
+    trainer, images, labels = _one_step(stage, train, image_shape)
+    return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+
+
+def _one_step(
+    stage: Stage, train: TrainConfig, image_shape: ImageShape
+) -> tuple[LocalTrainer, torch.Tensor, torch.Tensor]:
+    batch = train.batch_size
+    return (
+        LocalTrainer(stage, train),
+        torch.zeros(batch, *image_shape),
+        torch.zeros(batch, dtype=torch.int64),
     )
 
 

@@ -68,6 +68,7 @@ def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> i
         if ranks.decide(lambda: _open_folder(folder, config, reporter)):
             return ExitCode.DONE
         history = History(config, folder, launch, ranks) if ranks.is_root else None
+        ranks.decide(lambda: history.track(reporter.notice) if history else None)
         code = Experiment(config, folder, ranks, device, reporter, history).run()
         ranks.close()
         return code
@@ -191,6 +192,8 @@ class Experiment:
                 self.ranks.decide(self._checkpoint)
             ended = verdict.stop
         self.ranks.decide(lambda: self._finish(stage))
+        if self.history is not None:
+            self.history.tracked_to_the_end()  # after the last collective: no rank waits for an upload
         return ExitCode.DONE
 
     def _resume(self) -> tuple[int, bool]:

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedfreeze.errors import ExitCode, FedfreezeError, one_line
 from fedfreeze.launcher import Launch
 from fedfreeze.round import RoundResult
 from fedfreeze.run_folder import RunFolder
+from fedfreeze.track import Tracker, make_tracker
 
 
 class History:
@@ -48,12 +50,18 @@ class History:
         self.stage_peak_bytes = 0
         self.wall_before_s = 0.0
         self.begun = False
+        self.summary: dict[str, Any] = {}
         self.started = time.monotonic()
+        self.tracker = Tracker(config, folder.path, "off", print)
 
     @property
     def wall_s(self) -> float:
         """Seconds of all the parts of the run that stand."""
         return self.wall_before_s + time.monotonic() - self.started
+
+    def track(self, notice: Callable[[str], None]) -> None:
+        """Have the run tracked as `track` says. Raises UnavailableError where wandb is asked for and missing."""
+        self.tracker = make_tracker(self.config, self.folder.path, notice)
 
     def run_start(self, coordinator: Coordinator) -> None:
         """Note that a run starts or goes on."""
@@ -67,6 +75,8 @@ class History:
             }
         )
         self.folder.write_summary(self._summary(coordinator, "running", None))
+        public = {name: value for name, value in self.facts.items() if name != "hosts"}
+        self.tracker.start(public, coordinator.round)
 
     def round_end(self, coordinator: Coordinator, result: RoundResult, wall_s: float) -> dict[str, Any]:
         """Note a round and return its record."""
@@ -99,6 +109,7 @@ class History:
             "wall_s": wall_s,
         }
         self.folder.append_metrics(record)
+        self.tracker.log_round(record)
         return record
 
     def stage_end(self, coordinator: Coordinator, reason: str) -> dict[str, Any]:
@@ -119,6 +130,7 @@ class History:
         self.stages.append(record)
         self.stage_peak_bytes = 0
         self.folder.append_metrics(record)
+        self.tracker.log_stage(record)
         return record
 
     def finish(self, coordinator: Coordinator, data: Data, stage: int) -> dict[str, Any]:
@@ -131,7 +143,12 @@ class History:
         }
         self.folder.append_metrics({"kind": "run_end", **{k: v for k, v in summary.items() if k != "versions"}})
         self.folder.write_summary(summary)
+        self.summary = summary
         return summary
+
+    def tracked_to_the_end(self) -> None:
+        """Close the tracking of a run that is done; it may wait for an upload."""
+        self.tracker.finish(self.summary, self.stages)
 
     def failed(self, error: BaseException) -> None:
         """Note that the run broke off; what cannot be written then must not hide the error itself."""
@@ -139,6 +156,7 @@ class History:
         status = "failed"
         if isinstance(error, KeyboardInterrupt):
             code, status = ExitCode.INTERRUPTED, "preempted"
+        self.tracker.failed(code)
         summary = self.folder.read_summary() or {}
         if summary.get("status") == "finished":
             return  # what failed came after the end
@@ -183,13 +201,14 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must go on counting."""
         names = ("accuracy", "best_accuracy", "stages", "stage_peak_bytes", "wall_s")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"tracker": self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
         for name in ("accuracy", "best_accuracy", "stages", "stage_peak_bytes"):
             setattr(self, name, state[name])
         self.wall_before_s = state["wall_s"]
+        self.tracker.load_state_dict(state["tracker"])
         self.started = time.monotonic()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedfreeze.blocks import BlockedNetwork, build_network, cut_network
+from fedfreeze.blocks import BlockedNetwork, build_network, outline_of
 from fedfreeze.config import MethodConfig
 from fedfreeze.config_file import make_config
 from fedfreeze.errors import ConfigError
@@ -129,7 +129,7 @@ def test_a_split_that_cannot_be_lists_the_names_that_can(split: list[str], says:
     ids=lambda value: type(value).__name__,
 )
 def test_places_of_networks_with_a_forward_of_their_own(network: nn.Module, places: tuple[str, ...]) -> None:
-    cut = cut_network(network, places, (3, 8, 8), 5)
+    cut = outline_of(network, (3, 8, 8), 5).cut(places)
     assert cut.places == places
     assert len(cut.blocks) == len(places)
     assert sum(p.numel() for part in (*cut.blocks, cut.head) for p in part.parameters()) == sum(
@@ -140,7 +140,7 @@ def test_places_of_networks_with_a_forward_of_their_own(network: nn.Module, plac
 def test_pooling_flattening_and_the_last_norm_belong_to_the_head() -> None:
     assert [type(module).__name__ for module in build("vit").head] == ["LayerNorm", "TokenMean", "Linear"]
     assert [type(module).__name__ for module in build("vgg11").head] == ["AdaptiveAvgPool2d", "Flatten", "Linear"]
-    cut = cut_network(Functional(), ["layer"], (3, 8, 8), 5)
+    cut = outline_of(Functional(), (3, 8, 8), 5).cut(["layer"])
     assert len(cut.head) == 3
     assert next(iter(cut.head.parameters())).shape == (5, 4)
 
@@ -149,9 +149,9 @@ def test_weights_shared_between_blocks_are_refused() -> None:
     shared = nn.Conv2d(3, 3, 3, padding=1)
     network = nn.Sequential(shared, nn.ReLU(), shared, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
     with pytest.raises(ConfigError) as caught:
-        cut_network(network, ["2"], (3, 8, 8), 4)
+        outline_of(network, (3, 8, 8), 4).cut(["2"])
     assert_one_line(caught.value, "weight of 2 is also in 0")
-    assert len(cut_network(network, [], (3, 8, 8), 4).blocks) == 1
+    assert len(outline_of(network, (3, 8, 8), 4).cut([]).blocks) == 1
 
 
 @pytest.mark.parametrize(
@@ -168,5 +168,5 @@ def test_weights_shared_between_blocks_are_refused() -> None:
 )
 def test_a_network_whose_shape_does_not_fit_is_one_line(network: nn.Module, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cut_network(network, [], (3, 8, 8), 4)
+        outline_of(network, (3, 8, 8), 4).cut([])
     assert_one_line(caught.value, says)

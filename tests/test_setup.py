@@ -25,7 +25,9 @@ FLOORS = [
     {"cost", "train", "deploy"},
     {"coordinator"},
     {"round"},
-    {"summary", "report", "plan", "track"},
+    {"track"},
+    {"summary", "report"},
+    {"cut", "plan"},
     {"experiment"},
     {"cli", "__main__"},
 ]
@@ -36,6 +38,7 @@ def requirements() -> dict[str, str]:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     lines = parser["options"]["install_requires"].split() + parser["options.extras_require"]["plot"].split()
+    lines += parser["options.extras_require"]["wandb"].split()
     return dict(re.split(r">=", line.lower()) for line in lines)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedfreeze.blocks import BlockedNetwork, build_network, cut_network
+from fedfreeze.blocks import BlockedNetwork, build_network, outline_of
 from fedfreeze.config import MethodConfig
 from fedfreeze.config_file import make_config
 from fedfreeze.flat import FlatPart
@@ -75,7 +75,7 @@ def test_initial_weights_follow_from_the_seed_alone() -> None:
 def test_a_probe_does_not_move_running_statistics() -> None:
     network = blocked().network
     before = fingerprint(network)
-    cut_network(network, ["conv1", "layer2", "layer3"], (3, 16, 16), 10)
+    outline_of(network, (3, 16, 16), 10).cut(["conv1", "layer2", "layer3"])
     assert fingerprint(network) == before
     assert network.training
 

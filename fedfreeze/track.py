@@ -1,0 +1,348 @@
+"""Weights & Biases, by rank 0: what metrics.jsonl holds, as charts and tables. What fails here never stops training."""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+from fedfreeze.config import Config
+from fedfreeze.config_file import config_values
+from fedfreeze.errors import UnavailableError, one_line
+
+T = TypeVar("T")
+
+# Longest waits, in seconds: for the server to answer at the start, for uploads at the end, for any other call.
+INIT_TIMEOUT_S = 20.0
+FINISH_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = 60.0
+
+# wandb cuts a table at 10,000 rows; a longer one is logged in parts, under the same name.
+TABLE_ROWS = 10_000
+
+AXES = ("round", "emulated_hours", "wall_hours", "traffic_gb")
+PER_DEVICE = ("cap_mib", "peak_memory_mib", "tensor_peak_mib", "failed")
+DEVICE_COLUMNS = ("round", "device", *PER_DEVICE)
+
+_LEVELS = {"off": 0, "disabled": 0, "offline": 1, "dryrun": 1, "online": 2, "run": 2, "shared": 2}
+_MODES = ("off", "offline", "online")
+
+# All that wandb would collect by itself. Older versions lack some of these, and spell `x_` as `_`.
+_SETTINGS = {
+    "silent": True,
+    "console": "off",
+    "host": "",
+    "save_code": False,
+    "disable_code": True,
+    "disable_git": True,
+    "disable_job_creation": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+    "x_transaction_log_flush_interval": 1.0,  # 15 s by default, and as much would be lost with a killed process
+}
+
+
+class Tracker:
+    """Rank 0's line to Weights & Biases; with `mode` off, and after a failure, it does nothing.
+
+    metrics.jsonl stays the truth: a resumed run is logged anew from it, so that every offline folder is whole.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, mode: str, notice: Callable[[str], None]):
+        self.config = config
+        self.run_dir = run_dir.absolute()
+        self.mode = mode
+        self.notice = notice
+        self.patience_s = config.comm.timeout_s / 4  # the other ranks wait, and give up after the whole
+        self.wandb_id: str | None = None
+        self.round = 0
+        self.wall_s = 0.0
+        self.emulated_s = 0.0
+        self.traffic_bytes = 0
+        self.devices: list[list[Any]] = []
+        self.stages: list[dict[str, Any]] = []
+        self._first_step = 0
+        self._run: Any = None
+        self._environment = contextlib.ExitStack()
+
+    def start(self, facts: Mapping[str, Any], resumed_round: int) -> None:
+        """Begin the run, or go on with it after `resumed_round` (0: from the beginning). To be called once."""
+        if self.mode == "off":
+            return
+        self.wandb_id = self.wandb_id or secrets.token_hex(5)
+        self._environment.enter_context(quiet_environment(self.run_dir))
+        try:
+            self._run = self._begin(dict(facts))
+            if resumed_round > 0:
+                self._replay(resumed_round)
+        except Exception as error:
+            self._give_up(error)
+
+    def log_round(self, record: Mapping[str, Any]) -> None:
+        """Log a round of metrics.jsonl as one row, its devices as rows of the table `devices`."""
+        if self._run is None:
+            return
+        self.round = record["round"]
+        self.wall_s += record["wall_s"]
+        self.emulated_s += record["emulated_s"] or 0.0
+        self.traffic_bytes += record["bytes_up"] + record["bytes_down"]
+        row = scalars(record) | {"wall_hours": self.wall_s / 3600, "traffic_gb": self.traffic_bytes / 1e9}
+        if record["emulated_s"] is not None:
+            row["emulated_hours"] = self.emulated_s / 3600
+        row["participants/completed"] = len(record["selected"]) - len(record["failed"])
+        row["participants/failed"] = len(record["failed"])
+        self._log(row | memory_figures(record))
+        self.devices += device_rows(record)
+        while len(self.devices) >= TABLE_ROWS:
+            part, self.devices = self.devices[:TABLE_ROWS], self.devices[TABLE_ROWS:]
+            self._log_table("devices", DEVICE_COLUMNS, part)
+
+    def log_stage(self, record: Mapping[str, Any]) -> None:
+        """Log the end of a stage in the row of its last round, which must have been logged before."""
+        if self._run is None:
+            return
+        self.stages.append(dict(record))
+        self._log({f"stage_end/{name}": value for name, value in scalars(record).items()})
+
+    def finish(self, summary: Mapping[str, Any], stages: Sequence[dict[str, Any]]) -> None:
+        """Log the closing tables and the figures of summary.json, and wait until all is written (or uploaded)."""
+        figures = scalars(summary)
+        if "stages" in figures:
+            figures["num_stages"] = figures.pop("stages")  # that name is the table's
+        self.stages = list(stages)
+        self._end(figures, 0)
+
+    def failed(self, exit_code: int) -> None:
+        """Log the tables so far and end the run as failed; a later start with the same state goes on with it."""
+        self._end({"exit_code": int(exit_code)}, int(exit_code))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must keep: its id at Weights & Biases. All else is in metrics.jsonl."""
+        return {"wandb_id": self.wandb_id}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state_dict; an empty one is that of a run that was not tracked. To be called before start."""
+        self.wandb_id = state.get("wandb_id")
+
+    def _begin(self, facts: dict[str, Any]) -> Any:
+        """Return wandb's run: online, else offline."""
+        if self.mode == "offline":
+            return self._bounded(lambda: self._init("offline", facts), CALL_TIMEOUT_S)
+        try:
+            run = self._bounded(lambda: self._init("online", facts), 2 * INIT_TIMEOUT_S)
+        except Exception as error:
+            tear_down()  # half a run would hold the id
+            run = self._bounded(lambda: self._init("offline", facts), CALL_TIMEOUT_S)
+            self.notice(
+                f"wandb is not online ({one_line(error)[:160]}); upload later: wandb sync {Path(run.dir).parent}"
+            )
+        self._first_step = int(run.step)  # what the server has of a resumed run, it keeps
+        return run
+
+    def _init(self, mode: str, facts: dict[str, Any]) -> Any:
+        wandb: Any = importlib.import_module("wandb")
+        track = self.config.track
+        with no_terminal():
+            run = wandb.init(
+                project=track.project,
+                entity=track.entity,
+                group=track.group,
+                tags=track.tags,
+                name=self.config.name,
+                id=self.wandb_id,
+                resume="allow" if mode == "online" else None,
+                dir=str(self.run_dir),
+                mode=mode,
+                config=config_values(self.config) | {"facts": facts},
+                settings=quiet_settings(wandb),
+            )
+        for axis in AXES:
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="round")
+        return run
+
+    def _replay(self, resumed_round: int) -> None:
+        """Log what metrics.jsonl holds up to the checkpoint; also where the run was not tracked until now."""
+        with open(self.run_dir / "metrics.jsonl", encoding="utf-8") as file:
+            for line in file:
+                record = json.loads(line)
+                if record["kind"] == "round" and record["round"] > resumed_round:
+                    break
+                if record["kind"] == "round":
+                    self.log_round(record)
+                elif record["kind"] == "stage":
+                    self.log_stage(record)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        """Add to the row of this round, which is whole when the next one begins."""
+        if self.round >= self._first_step:
+            self._ask(lambda run: run.log(values, step=self.round), CALL_TIMEOUT_S)
+
+    def _log_table(self, name: str, columns: Sequence[str], rows: list[list[Any]]) -> None:
+        def log(run: Any) -> None:
+            table = importlib.import_module("wandb").Table(list(columns), rows)
+            run.log({name: table}, step=max(self.round, self._first_step))
+
+        if rows:
+            self._ask(log, CALL_TIMEOUT_S)
+
+    def _end(self, figures: dict[str, Any], exit_code: int) -> None:
+        if self._run is not None:
+            self._log_table("devices", DEVICE_COLUMNS, self.devices)
+            columns = [name for name in (self.stages or [{}])[0] if name != "kind"]
+            self._log_table("stages", columns, [[stage[name] for name in columns] for stage in self.stages])
+            # the row first: its values would replace those of the summary that are called the same
+            self._ask(lambda run: run.log({}, step=max(self.round, self._first_step), commit=True), CALL_TIMEOUT_S)
+            self._ask(lambda run: run.summary.update(figures), CALL_TIMEOUT_S)
+            # ranks end by os._exit: nothing may be left to an exit handler
+            self._ask(lambda run: run.finish(exit_code=exit_code), FINISH_TIMEOUT_S)
+        if self._run is not None:
+            tear_down()
+        self._run = None
+        self._environment.close()
+
+    def _ask(self, action: Callable[[Any], Any], seconds: float) -> None:
+        if self._run is None:
+            return
+        try:
+            self._bounded(lambda: action(self._run), seconds)
+        except Exception as error:
+            self._give_up(error)
+
+    def _bounded(self, action: Callable[[], T], seconds: float) -> T:
+        return bounded(action, min(seconds, self.patience_s))
+
+    def _give_up(self, error: Exception) -> None:
+        """Tell of what failed, once, and be quiet from now on."""
+        self.mode = "off"
+        self._run = None
+        self.notice(
+            f"tracking by wandb has ended ({one_line(error)[:160]}); training goes on, metrics.jsonl has it all"
+        )
+        end_services()
+        tear_down()  # or wandb would try it at exit, and complain
+        self._environment.close()
+
+
+def make_tracker(config: Config, run_dir: Path, notice: Callable[[str], None]) -> Tracker:
+    """Return the tracker that `track` and WANDB_MODE ask for. Raises UnavailableError where wandb is not installed."""
+    mode = track_mode(config.track.wandb, os.environ)
+    if mode != "off":
+        found = importlib.util.find_spec("wandb")
+        if found is None or found.origin is None:  # no origin: a mere folder of that name
+            raise UnavailableError(
+                f"track.wandb is {config.track.wandb}, but wandb is not installed; pip install 'wandb>=0.17', or use "
+                "track.wandb=off"
+            )
+    return Tracker(config, run_dir, mode, notice)
+
+
+def track_mode(wanted: str, environment: Mapping[str, str]) -> str:
+    """Return off, offline or online: what the configuration wants, or the quieter one that WANDB_MODE says."""
+    return _MODES[min(_LEVELS[wanted], _LEVELS.get(environment.get("WANDB_MODE", "online").lower(), 2))]
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers and texts of a record, less its kind; what is null is left out."""
+    return {name: value for name, value in record.items() if isinstance(value, int | float | str) and name != "kind"}
+
+
+def device_rows(record: Mapping[str, Any]) -> list[list[Any]]:
+    """Return a row a selected device: round, device, then PER_DEVICE; None where the record has nothing."""
+    return [
+        [record["round"], device, *(record[name].get(str(device)) for name in PER_DEVICE)]
+        for device in record["selected"]
+    ]
+
+
+def memory_figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the round's memory in figures: highest and mean peak in MiB, and the largest share of a cap."""
+    peaks = record["peak_memory_mib"]
+    if not peaks:
+        return {}
+    figures = {"memory/peak_mib_max": max(peaks.values()), "memory/peak_mib_mean": sum(peaks.values()) / len(peaks)}
+    caps = record["cap_mib"]
+    shares = [peak / caps[device] for device, peak in peaks.items() if caps[device]]
+    return figures | ({"memory/cap_share_max": max(shares)} if shares else {})
+
+
+def quiet_settings(wandb: Any) -> Any:
+    """Return the Settings with which wandb collects nothing by itself, as far as the installed version has them."""
+    wanted = _SETTINGS | {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S / 2}
+    known = {name for kind in wandb.Settings.__mro__ for name in getattr(kind, "__annotations__", {})}
+    spelled = {name if name in known else name.removeprefix("x"): value for name, value in wanted.items()}
+    return wandb.Settings(**{name: value for name, value in spelled.items() if name in known})
+
+
+def bounded(action: Callable[[], T], seconds: float) -> T:
+    """Return what an action returns, or raise what it raises; TimeoutError after `seconds`, with the action going on.
+
+    Also SystemExit becomes an ordinary error: it is wandb's, and ours alone is Ctrl-C.
+    """
+    outcome: Future[T] = Future()
+
+    def act() -> None:
+        try:
+            outcome.set_result(action())
+        except Exception as error:
+            outcome.set_exception(error)
+        except BaseException as error:
+            outcome.set_exception(RuntimeError(f"{type(error).__name__} {one_line(error)}"))
+
+    Thread(target=act, name="wandb", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError as error:
+        raise TimeoutError(one_line(error) if outcome.done() else f"wandb gave no answer in {seconds:.0f} s") from error
+
+
+@contextlib.contextmanager
+def no_terminal() -> Iterator[None]:
+    """Have nobody to ask: without a key wandb would wait at a terminal for one."""
+    stdin = sys.stdin
+    with open(os.devnull, encoding="ascii") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
+
+
+@contextlib.contextmanager
+def quiet_environment(run_dir: Path) -> Iterator[None]:
+    """Set what wandb takes from the environment alone, until the run ends: its files stay in the run folder."""
+    ours = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    for name, folder in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
+        ours[name] = os.environ.get(name) or str(run_dir / "wandb" / folder)
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def tear_down() -> None:
+    """End wandb's service process, the usual way."""
+    with contextlib.suppress(Exception):
+        bounded(importlib.import_module("wandb").teardown, CALL_TIMEOUT_S)
+
+
+def end_services() -> None:
+    """Kill wandb's service processes among our children, which would have the exit of this process wait for them."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for process in children.read_text().split():
+                if Path(f"/proc/{process}/comm").read_text().startswith("wandb-"):
+                    os.kill(int(process), signal.SIGKILL)
