@@ -1,5 +1,6 @@
 """The network cut into consecutive blocks."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -234,7 +235,13 @@ def _is_or_begins(link: Link, name: str) -> bool:
 
 
 def _places(links: Sequence[Link]) -> list[str]:
-    return [link.name for link in links if link.name is not None and link.has_weights]
+    """Return the modules with weights, each by the largest Sequential that it begins."""
+    found = []
+    for i, link in enumerate(links):
+        if link.name is not None and link.has_weights:
+            outer = list(itertools.accumulate(link.name.split("."), "{}.{}".format))
+            found.append(next(name for name in outer if i == 0 or not _is_or_begins(links[i - 1], name)))
+    return found
 
 
 def _block_name(links: Sequence[Link], begin: int, end: int) -> str:

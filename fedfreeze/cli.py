@@ -1,4 +1,4 @@
-"""The command line: `fedfreeze run` and `fedfreeze plan`."""
+"""The command line: `fedfreeze run`, `plan` and `fetch`."""
 
 import argparse
 import os
@@ -64,10 +64,26 @@ def _run(config: Config, options: argparse.Namespace) -> int:
 
 
 def _plan(config: Config, options: argparse.Namespace) -> int:
-    from fedfreeze.plan import plan
+    from fedfreeze.plan import plan, plan_cut
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    plan(config, as_json=options.json)
+    if options.cut:
+        plan_cut(config, share=options.share, write=options.write, as_json=options.json)
+    else:
+        plan(config, as_json=options.json, partition_picture=options.partition_picture)
+    return ExitCode.DONE
+
+
+def _fetch(config: Config, options: argparse.Namespace) -> int:
+    from fedfreeze.data.store import open_store, prepare
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    folder = prepare(config.data)
+    data = open_store(folder)
+    size = "x".join(str(length) for length in data.image_shape)
+    name = config.data.path or config.data.name
+    counts = f"{len(data.train)} training and {len(data.test)} test images of {size}, {data.num_classes} classes"
+    print(f"{name}: {counts}, in {folder}")
     return ExitCode.DONE
 
 
@@ -87,6 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan = _add_command(commands, "plan", _plan, "what each stage needs and which devices can join; nothing is trained")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.add_argument(
+        "--partition-picture", type=Path, metavar="FILE", help="draw the labels of each device (.png, .svg or .pdf)"
+    )
+    plan.add_argument(
+        "--cut",
+        action="store_true",
+        help="propose the fewest blocks with which --share of the devices join all stages",
+    )
+    plan.add_argument(
+        "--share", type=_share, default=0.9, metavar="S", help="share of the devices, 0 to 1 (default 0.9), for --cut"
+    )
+    plan.add_argument("--write", type=Path, metavar="FILE", help="write the configuration with the proposed cut")
+    _add_command(
+        commands, "fetch", _fetch, "download and decode the data into data.cache_dir, for nodes without a network"
+    )
     return parser
 
 
@@ -119,6 +150,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, a number over 0 and up to 1")
+    return share
 
 
 def _overrides(rest: Sequence[str]) -> list[str]:

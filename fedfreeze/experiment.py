@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedfreeze.blocks import build_network
+from fedfreeze.cap import MIB
 from fedfreeze.checkpoint import Checkpoint, CheckpointStore, weight_bytes
 from fedfreeze.comm import Ranks
 from fedfreeze.config import Config
@@ -27,6 +28,7 @@ from fedfreeze.fleet import Fleet, make_fleet
 from fedfreeze.launcher import Launch
 from fedfreeze.methods import Method, make_method, method_class
 from fedfreeze.pace import PerturbationWindow
+from fedfreeze.partition_summary import summarise
 from fedfreeze.report import Reporter
 from fedfreeze.round import RoundResult, run_round
 from fedfreeze.run_folder import RunFolder
@@ -151,7 +153,7 @@ class Experiment:
         self.coordinator: Coordinator | None = None
         self.store = ranks.together(lambda: prepare(config.data))
         self.data: Data = ranks.together(lambda: open_store(self.store))
-        parts = partition(self.data.train.labels, config.fleet.devices, config.data, config.seed)
+        self.parts = parts = partition(self.data.train.labels, config.fleet.devices, config.data, config.seed)
         fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
         # before the network is built: what no device can hold may not fit this machine either
         ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
@@ -210,6 +212,8 @@ class Experiment:
         assert self.coordinator is not None
         assert self.history is not None
         self.folder.claim(self.config)
+        caps = [None if cap is None else cap / MIB for cap in self.coordinator.fleet.memory_cap_bytes]
+        self.folder.write_partition(summarise(self.parts, self.data).csv(caps))
         found = self.checkpoints.load_newest()
         if found is not None and self.folder.metrics_bytes() < found.state["metrics_bytes"]:
             self.reporter.notice(f"{self.folder.metrics_path} is shorter than it was: lines are missing in it")

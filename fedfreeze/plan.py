@@ -1,29 +1,158 @@
 """`fedfreeze plan`: what each stage needs and which devices can join, before anything is trained."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from fedfreeze.cap import MIB
 from fedfreeze.config import Config
+from fedfreeze.config_file import dump_config
 from fedfreeze.cost import Costs, StageCost, measure_costs
-from fedfreeze.data.store import open_store, prepare
+from fedfreeze.cut import Proposal, propose, with_split
+from fedfreeze.data.partition import partition
+from fedfreeze.data.store import Data, open_store, prepare
+from fedfreeze.errors import ConfigError, storage_error
 from fedfreeze.fleet import Fleet, make_fleet
+from fedfreeze.partition_summary import draw_partition, summarise
 from fedfreeze.report import LastingConsole
+from fedfreeze.run_folder import write_whole
 
 
-def plan(config: Config, *, as_json: bool) -> None:
+def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None) -> None:
     """Print the cost of every stage beside the full model, and how many devices can join each."""
     data = open_store(prepare(config.data))
     costs = measure_costs(config, data.image_shape, data.num_classes)
     fleet = make_fleet(config.fleet, config.seed)
     rows = plan_rows(costs, fleet)
+    spread = summarise(partition(data.train.labels, len(fleet), config.data, config.seed), data)
+    if partition_picture is not None:
+        draw_partition(spread, partition_picture)
     if as_json:
         print(json.dumps({"batch_size": config.train.batch_size, "devices": len(fleet), "stages": rows}, indent=2))
         return
-    title = f"{config.model.label}, batch {config.train.batch_size}, {len(fleet)} devices"
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline")
+    console = LastingConsole()
+    console.print(stage_table(rows, _title(config, data, fleet)))
+    stages = [row for row in rows if row["stage"] is not None]
+    every = min(row["eligible"] for row in stages)
+    samples, labels = spread.samples, spread.labels
+    console.print(
+        f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
+        "peak: tensor bytes of one training step, counted on fake tensors; frozen: share of a step's\n"
+        "FLOPs spent in the frozen prefix; up: what a device sends a round. Nothing was trained.\n"
+        f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}; "
+        f"labels a device: {labels.min()} to {labels.max()} of {data.num_classes}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def plan_cut(config: Config, *, share: float, write: Path | None, as_json: bool) -> None:
+    """Propose the fewest blocks with which a share of the devices can join every stage; write that configuration.
+
+    Raises ConfigError if no cut does, after printing what the best one reaches.
+    """
+    data = open_store(prepare(config.data))
+    fleet = make_fleet(config.fleet, config.seed)
+    console = LastingConsole(stderr=as_json)
+    proposals: list[Proposal] = []
+    with console.status("measuring cuts"):
+        for proposal in propose(config, data.image_shape, data.num_classes, fleet, share):
+            proposals.append(proposal)
+            console.print(_line(proposal, fleet), soft_wrap=True, highlight=False)
+    chosen = proposals[-1]
+    reached = chosen.eligible / len(fleet)
+    usual = _usual(config, data, fleet)
+    if as_json:
+        print(json.dumps(_cut_as_json(proposals, usual, share, fleet), indent=2))
+    else:
+        _print_tables(console, proposals, usual, config, data, fleet)
+    if reached < share:
+        raise ConfigError(
+            f"--share: no cut lets {share:.0%} of the devices join every stage; the best has a peak of "
+            f"{chosen.peak_bytes / MIB:.2f} MiB and lets {reached:.0%} join (lower train.batch_size or model.width, or "
+            "try another method.output_module)"
+        )
+    if write is not None:
+        _write(write, with_split(config, chosen.split))
+        console.print(f"wrote {write}; train with: fedfreeze run {write}", soft_wrap=True, highlight=False)
+    else:
+        split = json.dumps(list(chosen.split)).replace('"', "")
+        console.print(f"train with --model.split='{split}'", soft_wrap=True, highlight=False)
+
+
+def _usual(config: Config, data: Data, fleet: Fleet) -> Proposal | None:
+    """Return the cut that the configuration has now; None for a network of the user's own without one."""
+    if config.model.factory is not None and config.model.split is None:
+        return None
+    costs = measure_costs(config, data.image_shape, data.num_classes)
+    eligible = fleet.eligible(max(cost.memory_bytes for cost in costs.stages))
+    return Proposal(tuple(config.model.split or ()), costs, len(eligible))
+
+
+def _line(proposal: Proposal, fleet: Fleet) -> str:
+    count = len(proposal.split)
+    return (
+        f"{count} block{'s' * (count > 1)}: {proposal.peak_bytes / MIB:.2f} MiB, {proposal.eligible} of {len(fleet)} "
+        f"devices can join every stage; blocks begin at {', '.join(proposal.split)}"
+    )
+
+
+def _print_tables(
+    console: LastingConsole,
+    proposals: list[Proposal],
+    usual: Proposal | None,
+    config: Config,
+    data: Data,
+    fleet: Fleet,
+) -> None:
+    if usual is not None:
+        console.print()
+        console.print(stage_table(plan_rows(usual.costs, fleet), f"the cut as it is: {_title(config, data, fleet)}"))
+    for proposal in proposals:
+        count = len(proposal.split)
+        title = f"{count} block{'s' * (count > 1)}, {proposal.eligible} of {len(fleet)} devices can join every stage"
+        console.print()
+        console.print(stage_table(plan_rows(proposal.costs, fleet), title))
+
+
+def _cut_as_json(proposals: list[Proposal], usual: Proposal | None, share: float, fleet: Fleet) -> dict[str, Any]:
+    def of(proposal: Proposal) -> dict[str, Any]:
+        return {
+            "split": list(proposal.split),
+            "blocks": len(proposal.costs.stages),
+            "peak_mib": proposal.peak_bytes / MIB,
+            "eligible": proposal.eligible,
+            "stages": plan_rows(proposal.costs, fleet),
+        }
+
+    return {
+        "devices": len(fleet),
+        "share": share,
+        "reached": proposals[-1].eligible >= share * len(fleet),
+        "usual": None if usual is None else of(usual),
+        "proposals": [of(proposal) for proposal in proposals],
+    }
+
+
+def _write(path: Path, config: Config) -> None:
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--write: {path} must end in .yaml")
+    try:
+        write_whole(path, dump_config(config))
+    except OSError as error:
+        raise storage_error("write", path, error) from None
+
+
+def _title(config: Config, data: Data, fleet: Fleet) -> str:
+    size = "x".join(str(length) for length in data.image_shape)
+    return f"{config.model.label}, images {size}, batch {config.train.batch_size}, {len(fleet)} devices"
+
+
+def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Return what the stages cost as a table for a terminal."""
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline", title_justify="left")
     for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", "frozen", "up MiB", "eligible"):
         table.add_column(heading, justify="left" if heading == "blocks" else "right", overflow="fold")
     for row in rows:
@@ -37,17 +166,7 @@ def plan(config: Config, *, as_json: bool) -> None:
             f"{row['upload_mib']:.2f}",
             str(row["eligible"]),
         )
-    console = LastingConsole()
-    console.print(table)
-    stages = [row for row in rows if row["stage"] is not None]
-    every = min(row["eligible"] for row in stages)
-    console.print(
-        f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
-        "peak: tensor bytes of one training step, counted on fake tensors; frozen: share of a step's\n"
-        "FLOPs spent in the frozen prefix; up: what a device sends a round. Nothing was trained.",
-        soft_wrap=True,
-        highlight=False,
-    )
+    return table
 
 
 def plan_rows(costs: Costs, fleet: Fleet) -> list[dict[str, Any]]:

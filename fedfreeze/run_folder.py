@@ -163,6 +163,14 @@ class RunFolder:
             return None
         return summary if isinstance(summary, dict) else None
 
+    def write_partition(self, content: str) -> None:
+        """Write partition.csv, whole or not at all. Raises StorageError."""
+        path = self.path / "partition.csv"
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise storage_error("write", path, error) from None
+
     def write_model(self, content: bytes) -> None:
         """Write model.safetensors, whole or not at all. Raises StorageError."""
         try:

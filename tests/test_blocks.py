@@ -107,12 +107,12 @@ def test_a_split_of_the_users_own(split: list[str], names: tuple[str, ...]) -> N
 @pytest.mark.parametrize(
     ("split", "says"),
     [
-        (["layer9"], ["the network has no module 'layer9'", "layer1.0", "layer4.1"]),
-        (["layer1.0.conv2"], ["no block can begin at 'layer1.0.conv2'", "layer1.0"]),
+        (["layer9"], ["the network has no module 'layer9'", "conv1, layer1, layer1.1, layer2", "layer4.1"]),
+        (["layer1.0.conv2"], ["no block can begin at 'layer1.0.conv2'", "layer1.1"]),
         (["fc"], ["no block can begin at 'fc'"]),
         (["pool"], ["no block can begin at 'pool'"]),
         (["layer2", "layer2.0"], ["'layer2.0' and 'layer2' begin at the same place"]),
-        (["relu1", "layer1"], ["'relu1' has nothing to train", "layer1.0"]),
+        (["relu1", "layer1"], ["'relu1' has nothing to train", "layer1.1"]),
         ([""], ["no block can begin at ''"]),
     ],
     ids=lambda value: str(value[0]),
@@ -125,7 +125,7 @@ def test_a_split_that_cannot_be_lists_the_names_that_can(split: list[str], says:
 
 @pytest.mark.parametrize(
     ("network", "places"),
-    [(Functional(), ("conv1", "layer.0")), (Shortcut(), ("stem", "inner1", "last")), (Reused(), ("a", "c"))],
+    [(Functional(), ("conv1", "layer")), (Shortcut(), ("stem", "inner1", "last")), (Reused(), ("a", "c"))],
     ids=lambda value: type(value).__name__,
 )
 def test_places_of_networks_with_a_forward_of_their_own(network: nn.Module, places: tuple[str, ...]) -> None:

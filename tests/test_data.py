@@ -1,21 +1,26 @@
-"""Data: what the store holds, that it is written whole or not at all, and a one-line error for every bad data set."""
+"""Data: what the store holds, that it is written whole or not at all, damaged stores, and real CIFAR-10."""
 
 import errno
 import fcntl
+import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedfreeze.config import DataConfig
 from fedfreeze.data import store
-from fedfreeze.data.sources import Sample
+from fedfreeze.data.sources import HuggingFace, Sample
 from fedfreeze.data.store import Data, cache_folder, open_store, prepare
-from fedfreeze.errors import DataError, ExitCode, FedfreezeError, StorageError
+from fedfreeze.errors import ConfigError, DataError, ExitCode, FedfreezeError, StorageError
 from tests.support import assert_one_line
+
+CIFAR10_CLASSES = 10
 
 # --- scikit-learn's digits
 
@@ -66,6 +71,24 @@ def test_mean_and_std_are_of_the_training_images(digits):
     assert digits.std == pytest.approx([pixels.std()], rel=1e-12)
     both = np.concatenate([digits.train.images, digits.test.images]) / 255
     assert digits.mean != pytest.approx([both.mean()], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 8, 20])
+def test_digits_of_another_size(cache, digits, size):
+    data = open_store(prepare(DataConfig(image_size=size, cache_dir=str(cache))))
+    assert data.image_shape == (1, size, size)
+    np.testing.assert_array_equal(data.train.labels, digits.train.labels)
+    assert abs(data.mean[0] - digits.mean[0]) < 0.02
+    if size == 8:
+        np.testing.assert_array_equal(data.test.images, digits.test.images)
+
+
+@pytest.mark.parametrize("key", ["subset", "revision", "image_column", "label_column"])
+def test_digits_have_no_columns_and_no_subset(cache, key):
+    with pytest.raises(ConfigError) as caught:
+        prepare(DataConfig(cache_dir=str(cache), **{key: "small"}))
+    assert caught.value.exit_code == ExitCode.BAD_CONFIG == 64
+    assert_one_line(caught.value, f"data.{key}=small", "data.name=digits")
 
 
 # --- the store: once, whole or not at all
@@ -263,3 +286,47 @@ def test_a_source_without_samples(config, source, monkeypatch, split):
     with pytest.raises(DataError) as caught:
         prepare(config)
     assert_one_line(caught.value, f"split {split}", "no samples")
+
+
+# --- real CIFAR-10
+
+
+def rows_of(folder: Path, split: str) -> tuple[list[bytes], list[int]]:
+    """Read a split without fedfreeze."""
+    from pyarrow import parquet
+
+    (file,) = folder.glob(f"{split}-*.parquet")
+    table = parquet.read_table(file)
+    return [image["bytes"] for image in table.column("img").slice(0, 40).to_pylist()], table["label"].to_pylist()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_first_rows_of_cifar10(cifar10_folder, split):
+    encoded, labels = rows_of(cifar10_folder, split)
+    assert len(labels) == {"train": 50_000, "test": 10_000}[split]
+    assert set(labels) == set(range(CIFAR10_CLASSES))
+    samples = list(islice(HuggingFace(DataConfig(path=str(cifar10_folder))).splits()[split], 40))
+    assert [label for _, label in samples] == labels[:40]
+    for (image, _), data in zip(samples, encoded, strict=True):
+        assert image.dtype == np.uint8
+        assert image.shape == (3, 32, 32)
+        pixels = np.asarray(Image.open(io.BytesIO(data)))
+        for channel in range(3):
+            np.testing.assert_array_equal(image[channel], pixels[:, :, channel])
+
+
+@pytest.mark.slow
+def test_all_of_cifar10(cifar10_folder, tmp_path_factory):
+    data = open_store(prepare(DataConfig(path=str(cifar10_folder), cache_dir=str(tmp_path_factory.mktemp("cifar10")))))
+    assert data.train.images.shape == (50_000, 3, 32, 32)
+    assert data.test.images.shape == (10_000, 3, 32, 32)
+    assert data.num_classes == CIFAR10_CLASSES
+    assert np.bincount(data.train.labels).tolist() == [5_000] * CIFAR10_CLASSES
+    assert np.bincount(data.test.labels).tolist() == [1_000] * CIFAR10_CLASSES
+    for split, images in (("train", data.train), ("test", data.test)):
+        assert images.labels.tolist() == rows_of(cifar10_folder, split)[1]
+    # the well-known figures of the lossless original; these images went through JPEG
+    assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-3)
+    assert data.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=5e-3)
+    some = np.asarray(data.train.images[:500], dtype=np.float64) / 255
+    assert np.abs(some.mean((0, 2, 3)) - data.mean).max() < 0.02

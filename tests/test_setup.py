@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "lock", "seeds", "config", "aggregate", "flat", "reports", "launcher", "cap"},
     {"config_file", "plugins", "chain", "models", "fleet", "comm"},
     {"blocks", "data", "stage", "checkpoint", "select", "pace"},
-    {"output_modules", "run_folder"},
+    {"output_modules", "run_folder", "partition_summary"},
     {"methods"},
     {"cost", "train", "deploy"},
     {"coordinator"},

@@ -1,23 +1,21 @@
-"""Local Parquet and the hub: what is found, what is refused, and real CIFAR-10."""
+"""Local Parquet and the hub: what is found, and what is refused."""
 
-import io
 import json
 import os
 import sys
 from collections.abc import Callable
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from fedfreeze.config import DataConfig
 from fedfreeze.data.sources import Digits, HuggingFace, fingerprint_key, make_source
 from fedfreeze.data.store import open_store, prepare
-from fedfreeze.errors import DataError, ExitCode, UnavailableError
+from fedfreeze.errors import ConfigError, DataError, ExitCode, UnavailableError
 from tests.support import assert_one_line, pictures
-
-CIFAR10_CLASSES = 10
 
 # --- local Parquet
 
@@ -80,6 +78,50 @@ def test_other_names_of_columns_are_found(local, write_split, image_column, labe
     for split in ("train", "test"):
         write_split(split, image_column=image_column, label_column=label_column)
     np.testing.assert_array_equal(open_store(prepare(local)).train.images[:, 0], pictures(4))
+
+
+def test_columns_can_be_named(local, folder, write_split):
+    for split in ("train", "test"):
+        write_split(split, image_column="picture", label_column="class")
+    named = replace(local, image_column="picture", label_column="class")
+    data = open_store(prepare(named))
+    np.testing.assert_array_equal(data.train.images[:, 0], pictures(4))
+    assert data.train.labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("key", "what"), [("image_column", "image"), ("label_column", "label")])
+def test_a_named_column_that_is_not_there(local, folder, write_split, key, what):
+    for split in ("train", "test"):
+        write_split(split)  # the usual columns are there, but others were asked for
+    assert_bad(replace(local, **{key: "scan"}), folder, f"no {what} column 'scan'", "found: img, label", f"data.{key}")
+
+
+def test_a_named_column_wins_over_the_usual_ones(cache, monkeypatch, png):
+    encoded = [png(image) for image in pictures(4)]
+    row = [{"img": b"", "scan": data, "label": 0, "coarse": index % 2} for index, data in enumerate(encoded)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"train": row, "test": row[:2]})
+    config = DataConfig(name="some/flowers", image_column="scan", label_column="coarse", cache_dir=str(cache))
+    data = open_store(prepare(config))
+    np.testing.assert_array_equal(data.train.images[:, 0], pictures(4))
+    assert data.train.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_image_size_makes_one_size_of_many(local, write_split):
+    images = [*pictures(2), *pictures(1, width=7), *pictures(1, height=40, width=90)]
+    write_split("train", images)
+    write_split("test", pictures(2, height=9))
+    data = open_store(prepare(replace(local, image_size=4)))
+    assert data.image_shape == (1, 4, 4)
+    wanted = [ImageOps.fit(Image.fromarray(image), (4, 4), Image.Resampling.BILINEAR) for image in images]
+    np.testing.assert_array_equal(data.train.images[:, 0], np.stack(wanted))
+
+
+def test_a_grey_image_at_the_head_of_the_test_split_becomes_colour(local, write_split):
+    write_split("train", pictures(2, colour=True))
+    write_split("test", [*pictures(1), *pictures(1, colour=True)], [0, 1])
+    data = open_store(prepare(local))
+    np.testing.assert_array_equal(data.test.images[0], [pictures(1)[0]] * 3)
+    np.testing.assert_array_equal(data.test.images[1], pictures(1, colour=True)[0].transpose(2, 0, 1))
 
 
 def test_hub_metadata_in_the_files_is_understood(local, write_split):
@@ -165,6 +207,18 @@ def test_fingerprints(local, folder, write_split, tmp_path):
     assert fingerprint_key(make_source(local)) == key
     names = [fingerprint_key(HuggingFace(DataConfig(name=name))) for name in ("cifar10", "cifar100")]
     assert len({*names, key, fingerprint_key(Digits())}) == 4
+
+
+@pytest.mark.parametrize("where", ["local", "hub", "digits"])
+def test_what_changes_the_decoded_images_is_in_the_fingerprint(local, write_split, where):
+    write_split("train")
+    config = {"local": local, "hub": DataConfig(name="cifar100"), "digits": DataConfig()}[where]
+    changes = [{}, {"image_size": 8}, {"image_size": 9}]
+    changes += [{"image_column": "a"}, {"image_column": "b"}, {"label_column": "a"}] if where != "digits" else []
+    changes += [{"subset": "a"}, {"subset": "b"}, {"revision": "a"}] if where == "hub" else []
+    keys = [fingerprint_key(make_source(replace(config, **change))) for change in changes]
+    assert len(set(keys)) == len(keys)
+    assert fingerprint_key(make_source(replace(config, alpha=9.0))) == keys[0]
 
 
 def test_path_wins_over_name(local):
@@ -256,10 +310,21 @@ def test_broken_image(local, folder, write_split, png, kind, split):
     assert_bad(local, folder, f"split {split}, row 3")
 
 
+def test_broken_image_that_the_reader_decodes(local, folder, write_split):
+    features = {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["rose", "tulip"]}}
+    for split in ("train", "test"):
+        write_split(
+            split,
+            [*pictures(2), b"these are no pixels", *pictures(1)],
+            metadata={"huggingface": json.dumps({"info": {"features": features}})},
+        )
+    assert_bad(local, folder, "split train, row 3", "check or fetch the files again")
+
+
 def test_mixed_sizes(local, write_split):
     write_split("train", [*pictures(2), *pictures(1, width=7)])
     write_split("test")
-    assert_bad(local, "split train, row 3", "(1, 6, 7)", "(1, 6, 5)")
+    assert_bad(local, "split train, row 3", "(1, 6, 7)", "(1, 6, 5)", "data.image_size")
 
 
 def test_sizes_that_differ_between_splits(local, write_split):
@@ -271,7 +336,8 @@ def test_sizes_that_differ_between_splits(local, write_split):
 def test_grey_training_and_colour_test_images(local, write_split):
     write_split("train")
     write_split("test", pictures(2, colour=True))
-    assert_bad(local, "split test, row 1", "(3, 6, 5)", "(1, 6, 5)")
+    assert_bad(local, "split test, row 1", "(3, 6, 5)", "(1, 6, 5)", "grey")
+    assert_bad(replace(local, image_size=5), "split test, row 1", "all must be grey or all in colour")  # no size helps
 
 
 def test_negative_label(local, write_split):
@@ -280,11 +346,30 @@ def test_negative_label(local, write_split):
     assert_bad(local, "split train, row 4", "label -1")
 
 
-@pytest.mark.parametrize("labels", [["rose", "tulip"], [0.0, 1.0], [None, 1]], ids=["text", "float", "missing"])
-def test_label_that_is_no_whole_number(local, folder, write_split, labels):
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["rose", "tulip"], "not a whole number"),
+        ([0.0, 1.0], "not a whole number"),
+        ([False, True], "not a whole number"),
+        ([[0], [1]], "not a whole number"),
+        ([None, 1], "missing"),
+    ],
+    ids=["text", "float", "bool", "list", "missing"],
+)
+def test_label_that_is_no_whole_number(local, folder, write_split, labels, says):
     write_split("train", pictures(2), labels)
     write_split("test")
-    assert_bad(local, folder, "split train, row 1", f"label {labels[0]!r}")
+    assert_bad(local, folder, "split train, row 1", f"label {labels[0]!r}", says)
+
+
+@pytest.mark.parametrize(("labels", "missing"), [([1, 2, 1, 2], 0), ([0, 2, 0, 2], 1), ([0, 1, 1, 9], 2)])
+def test_a_class_without_training_samples(local, write_split, labels, missing):
+    write_split("train", labels=labels)
+    write_split("test", pictures(1), [missing])
+    assert_bad(
+        local, "split train", f"no sample of class {missing}", f"renumber the labels 0 to {len(set(labels)) - 1}"
+    )
 
 
 def test_test_label_unknown_to_train(local, write_split):
@@ -327,6 +412,58 @@ def test_a_hub_that_cannot_be_reached_names_the_way_out(cache, monkeypatch):
     assert_bad(DataConfig(name="someone/flowers", cache_dir=str(cache)), "someone/flowers", "--data.path=FOLDER")
 
 
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (
+            {},
+            "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']",
+            "give one of them as data.subset",
+        ),
+        ({"subset": "c"}, "BuilderConfig 'c' not found. Available: ['a', 'b']", "give one of them as data.subset"),
+        (
+            {"revision": "v9"},
+            "Revision 'v9' doesn't exist for dataset 'some/flowers' on the Hub.",
+            "check data.revision",
+        ),
+    ],
+)
+def test_hub_errors_name_the_key_that_helps(cache, monkeypatch, options, message, hint):
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    config = DataConfig(name="some/flowers", cache_dir=str(cache), **options)
+    assert_bad(
+        config, "some/flowers", message.split("\n")[0], f"; {'check' if options.get('revision') else 'give'}", hint
+    )
+
+
+def test_subset_and_revision_reach_the_hub(cache, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(path: str, **options: object) -> dict[str, object]:
+        asked.append((path, options))
+        return {}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert_bad(DataConfig(name="some/flowers", subset="small", revision="v2", cache_dir=str(cache)), "no train split")
+    assert asked == [("some/flowers", {"name": "small", "revision": "v2", "streaming": True})]
+
+
+@pytest.mark.parametrize("key", ["subset", "revision"])
+def test_a_folder_has_no_subset_or_revision(local, cache, write_split, key):
+    write_split("train")
+    write_split("test")
+    with pytest.raises(ConfigError) as caught:
+        prepare(replace(local, **{key: "small"}))
+    assert caught.value.exit_code == ExitCode.BAD_CONFIG == 64
+    assert_one_line(caught.value, f"data.{key}=small", "data.path=")
+    assert not cache.exists()
+
+
 def test_hub_splits_are_found_by_their_names(cache, monkeypatch, png):
     import datasets
 
@@ -354,50 +491,3 @@ def test_without_the_package_the_error_says_what_to_install(local, write_split, 
     with pytest.raises(UnavailableError, match="pip install datasets") as caught:
         prepare(local)
     assert caught.value.exit_code == ExitCode.UNAVAILABLE == 69
-
-
-# --- real CIFAR-10
-
-
-def rows_of(folder: Path, split: str) -> tuple[list[bytes], list[int]]:
-    """Read a split without fedfreeze."""
-    from pyarrow import parquet
-
-    (file,) = folder.glob(f"{split}-*.parquet")
-    table = parquet.read_table(file)
-    return [image["bytes"] for image in table.column("img").slice(0, 40).to_pylist()], table["label"].to_pylist()
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_first_rows_of_cifar10(cifar10_folder, split):
-
-    from PIL import Image
-
-    encoded, labels = rows_of(cifar10_folder, split)
-    assert len(labels) == {"train": 50_000, "test": 10_000}[split]
-    assert set(labels) == set(range(CIFAR10_CLASSES))
-    samples = list(islice(HuggingFace(DataConfig(path=str(cifar10_folder))).splits()[split], 40))
-    assert [label for _, label in samples] == labels[:40]
-    for (image, _), data in zip(samples, encoded, strict=True):
-        assert image.dtype == np.uint8
-        assert image.shape == (3, 32, 32)
-        pixels = np.asarray(Image.open(io.BytesIO(data)))
-        for channel in range(3):
-            np.testing.assert_array_equal(image[channel], pixels[:, :, channel])
-
-
-@pytest.mark.slow
-def test_all_of_cifar10(cifar10_folder, tmp_path_factory):
-    data = open_store(prepare(DataConfig(path=str(cifar10_folder), cache_dir=str(tmp_path_factory.mktemp("cifar10")))))
-    assert data.train.images.shape == (50_000, 3, 32, 32)
-    assert data.test.images.shape == (10_000, 3, 32, 32)
-    assert data.num_classes == CIFAR10_CLASSES
-    assert np.bincount(data.train.labels).tolist() == [5_000] * CIFAR10_CLASSES
-    assert np.bincount(data.test.labels).tolist() == [1_000] * CIFAR10_CLASSES
-    for split, images in (("train", data.train), ("test", data.test)):
-        assert images.labels.tolist() == rows_of(cifar10_folder, split)[1]
-    # the well-known figures of the lossless original; these images went through JPEG
-    assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-3)
-    assert data.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=5e-3)
-    some = np.asarray(data.train.images[:500], dtype=np.float64) / 255
-    assert np.abs(some.mean((0, 2, 3)) - data.mean).max() < 0.02

@@ -14,11 +14,13 @@ import torch
 
 from fedfreeze import lock
 from fedfreeze.config import DataConfig
+from fedfreeze.data.decode import unequal
 from fedfreeze.data.sources import Sample, Source, fingerprint_key, make_source
 from fedfreeze.errors import DataError, storage_error
 
-VERSION = 1
+VERSION = 2  # of what is decoded and how: a store of another version is left alone
 MAX_CLASSES = 100_000  # a larger label is a mistake, and would ask for a classifier of that size
+BLOCK = 2**20  # pixels of a channel summed at once: an image may be large, and sums take 8 bytes a pixel
 
 
 @dataclass(frozen=True)
@@ -143,28 +145,25 @@ def _write_store(streams: dict[str, Iterator[Sample]], folder: Path) -> None:
                     shape = image.shape
                     total, square = np.zeros(shape[0]), np.zeros(shape[0])
                 if image.shape != shape:
-                    raise DataError(
-                        f"split {name}, row {len(found) + 1}: image of {image.shape}, the first has {shape} "
-                        "(channels, height, width); all must be of one size"
-                    )
+                    raise unequal(f"split {name}, row {len(found) + 1}", image.shape, "the first", shape)
                 if label >= MAX_CLASSES:
                     raise DataError(f"split {name}, row {len(found) + 1}: label {label} is over {MAX_CLASSES - 1}")
                 if label < 0:
                     raise DataError(f"split {name}, row {len(found) + 1}: label {label} is negative (a missing label?)")
                 if name == "train":
-                    pixels = image.reshape(shape[0], -1).astype(np.float64)
-                    total += pixels.sum(1)
-                    square += (pixels**2).sum(1)
-                file.write(image.tobytes())
+                    pixels = image.reshape(shape[0], -1)
+                    for start in range(0, pixels.shape[1], BLOCK):
+                        block = pixels[:, start : start + BLOCK].astype(np.float64)
+                        total += block.sum(1)
+                        square += (block**2).sum(1)
+                file.write(np.ascontiguousarray(image).data)
                 found.append(label)
         if not found:
             raise DataError(f"split {name} holds no samples")
         labels[name] = np.array(found, dtype=np.int64)
         np.save(folder / f"{name}.labels.npy", labels[name])
     assert shape is not None
-    num_classes = int(labels["train"].max()) + 1
-    if num_classes < 2:
-        raise DataError("split train holds a single class; at least two are needed")
+    num_classes = _count_classes(labels["train"])
     if labels["test"].max() >= num_classes:
         raise DataError(
             f"split test has label {labels['test'].max()}, split train only 0 to {num_classes - 1}; check the splits"
@@ -179,3 +178,17 @@ def _write_store(streams: dict[str, Iterator[Sample]], folder: Path) -> None:
         "std": (std / 255).tolist(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _count_classes(labels: np.ndarray) -> int:
+    """Return the number of classes of the training labels, 0 to n-1. Raises DataError if one has no sample."""
+    found = np.unique(labels)
+    if len(found) < 2:
+        raise DataError("split train holds a single class; at least two are needed")
+    for label, wanted in zip(found.tolist(), range(len(found)), strict=True):
+        if label != wanted:
+            raise DataError(
+                f"split train has no sample of class {wanted}, though labels go up to {found[-1]}; "
+                f"renumber the labels 0 to {len(found) - 1}, in both splits"
+            )
+    return len(found)

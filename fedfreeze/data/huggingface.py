@@ -1,0 +1,142 @@
+"""Parquet files in a folder, or a data set of the Hugging Face hub, read by the package `datasets`."""
+
+import glob
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedfreeze.config import DataConfig
+from fedfreeze.data.decode import SPLITS, Sample, as_image, mode_of, pixels_of, reason
+from fedfreeze.errors import DataError, UnavailableError, one_line
+
+IMAGE_COLUMNS = ("img", "image", "images")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+class HuggingFace:
+    """A folder of Parquet files (`data.path`), or a data set of the hub (`data.name`)."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self.location = config.path or config.name
+        self.is_local = config.path is not None
+        self._mode: str | None = None
+
+    def fingerprint(self) -> str:
+        """See Source. Local files count by name, size and time of change."""
+        config = self.config
+        decoding = [config.image_column, config.label_column, config.image_size]
+        if not self.is_local:
+            return json.dumps(["hub", self.location, config.subset, config.revision, decoding])
+        folder = Path(self.location)
+        try:
+            facts = [
+                [str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns]
+                for file in parquet_files(folder)
+            ]
+        except OSError as error:
+            raise DataError(
+                f"data {self.location}: {error.filename} cannot be read: {reason(error)}; check or fetch it again"
+            ) from None
+        return json.dumps(["parquet", os.path.realpath(folder), facts, decoding])
+
+    def splits(self) -> dict[str, Iterator[Sample]]:
+        """See Source."""
+        loaded = self._load()
+        streams = {}
+        for split, names in SPLITS.items():
+            found = next((name for name in names if name in loaded), None)
+            if found is None:
+                raise DataError(
+                    f"no {split} split (found: {', '.join(loaded) or 'none'}); name the files {split}-*.parquet"
+                )
+            streams[split] = self._samples(loaded[found], split)
+        return streams
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise UnavailableError("reading Parquet needs the package `datasets`; pip install datasets") from None
+        datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+        datasets.logging.set_verbosity(logging.CRITICAL)  # a user's error is one line, and it is ours
+        try:
+            if self.is_local:
+                files = [str(file) for file in parquet_files(Path(self.location))]
+                present = {name: _named(files, name) for names in SPLITS.values() for name in names}
+                present = {name: [glob.escape(file) for file in found] for name, found in present.items() if found}
+                # streaming: no second copy of the data in another cache
+                return datasets.load_dataset("parquet", data_files=present, streaming=True) if present else {}
+            chosen = {"name": self.config.subset, "revision": self.config.revision}
+            given = {key: value for key, value in chosen.items() if value is not None}
+            return datasets.load_dataset(self.location, **given, streaming=True)
+        except Exception as error:  # every reader below `datasets` has errors of its own
+            raise DataError(f"it cannot be read: {one_line(error)[:200]}{self._hint(error)}") from None
+
+    def _hint(self, error: Exception) -> str:
+        if self.is_local:
+            return ""
+        if re.search(r"Config name is missing|BuilderConfig .* not found", str(error)):
+            return "; give one of them as data.subset"
+        if self.config.revision is not None and "evision" in str(error):
+            return "; check data.revision"
+        return "; without a network give --data.path=FOLDER of Parquet files"
+
+    def _samples(self, rows: Any, split: str) -> Iterator[Sample]:
+        mode = self._mode
+        row = 1
+        try:
+            for record in rows:
+                if row == 1:
+                    image_column = _column(record, self.config.image_column, IMAGE_COLUMNS, "image")
+                    label_column = _column(record, self.config.label_column, LABEL_COLUMNS, "label")
+                label = _label(record[label_column])
+                image = as_image(record[image_column])
+                if mode is None:
+                    mode = mode_of(image)
+                    if mode == "RGB" and split == "train":
+                        self._mode = mode  # a grey image at the head of the test split must not turn it grey
+                yield pixels_of(image, mode, self.config.image_size), label
+                row += 1
+        except _ColumnError as error:
+            raise DataError(f"split {split}, row {row}: {error}") from None
+        except Exception as error:  # a torn file or image: name the place, whatever the reader calls it
+            raise DataError(
+                f"split {split}, row {row}: {one_line(error)[:200]}; check or fetch the files again"
+            ) from None
+
+
+class _ColumnError(DataError):
+    """A column that is not there or holds something else: fetching the files again would not help."""
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the Parquet files in a folder and below it, sorted; none where it has none."""
+    return sorted(folder.glob("**/*.parquet"))
+
+
+def _named(files: list[str], split: str) -> list[str]:
+    """Return the files of a split: its name, then an end or something that is not a letter (`val` is not `valid`)."""
+    return [file for file in files if re.match(rf"{split}(?![a-z])", Path(file).name.lower())]
+
+
+def _column(record: dict[str, Any], wanted: str | None, names: tuple[str, ...], what: str) -> str:
+    found = next((name for name in ([wanted] if wanted is not None else names) if name in record), None)
+    if found is None:
+        missing = f"{wanted!r}" if wanted is not None else f"(one of {', '.join(names)})"
+        there = ", ".join(record)
+        raise _ColumnError(f"no {what} column {missing}; found: {there[:200]}; name one by data.{what}_column")
+    return found
+
+
+def _label(value: Any) -> int:
+    if value is None:
+        raise _ColumnError("label None: it is missing; leave such rows out, or name another data.label_column")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _ColumnError(f"label {repr(value)[:60]} is not a whole number; number the classes 0 to n-1")
+    return value
