@@ -5,16 +5,17 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import fedfreeze
-from fedfreeze.config import Config, allowed_values
+from fedfreeze.config import Config
 from fedfreeze.config_file import load_config, shipped_experiments
-from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line
+from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line, out_of_memory
 from fedfreeze.launcher import detect_launch, run_local_ranks
+from fedfreeze.reference import section_keys, top_level_keys
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         print(f"fedfreeze: error: cannot write the output: {error.strerror}", file=sys.stderr, flush=True)
         return int(ExitCode.STORAGE)
+    except Exception as error:
+        too_large = out_of_memory(error)
+        if too_large is not None:
+            print(f"fedfreeze: error: {too_large}", file=sys.stderr, flush=True)
+            return int(too_large.exit_code)
+        print(f"fedfreeze: internal error, please report it:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return int(ExitCode.INTERNAL)
 
 
 def _run(config: Config, options: argparse.Namespace) -> int:
@@ -191,21 +199,7 @@ def _speaks_for_all() -> bool:
 def _config_help() -> str:
     """Return every key with its default and description, from the dataclasses themselves."""
     lines = ["configuration keys (--section.field=value; defaults shown, a shipped experiment sets its own):"]
-    described = Config.__pydantic_fields__  # type: ignore[attr-defined]
-    for field in fields(Config):
-        info = described[field.name]
-        if not is_dataclass(field.type):
-            lines.append(f"  --{field.name}={_as_yaml(info.default)}\n      {info.description}")
-            continue
-        for name, inner in field.type.__pydantic_fields__.items():  # type: ignore[union-attr]
-            text = " ".join((inner.description or "").split()).replace("%", "%%")
-            choices = allowed_values(inner.annotation)
-            allowed = f" [{' | '.join(choices)}]" if choices else ""
-            default = inner.get_default(call_default_factory=True)
-            lines.append(f"  --{field.name}.{name}={_as_yaml(default)}{allowed}\n      {text}")
+    for key in [*top_level_keys(), *(key for _, _, keys in section_keys() for key in keys)]:
+        choices = f" [{' | '.join(key.choices)}]" if key.choices else ""
+        lines.append(f"  --{key.name}={key.default}{choices}\n      {key.meaning.replace('%', '%%')}")
     return "\n".join(lines)
-
-
-def _as_yaml(value: Any) -> str:
-    """Return a default as the user would write it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

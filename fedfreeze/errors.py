@@ -1,6 +1,7 @@
 """Exit codes, and the one family of errors that a user can cause."""
 
 import os
+import re
 import socket
 from enum import IntEnum
 
@@ -94,6 +95,18 @@ def error_of(exit_code: int, message: str) -> FedfreezeError:
         if kind.exit_code == exit_code:
             return kind(message)
     return FedfreezeError(message)
+
+
+def out_of_memory(error: BaseException) -> UnavailableError | None:
+    """Return the one-line error for what does not fit this machine's own memory; None if that is not what happened."""
+    asked = str(error)
+    if not isinstance(error, MemoryError) and "can't allocate memory" not in asked:
+        return None
+    size = re.search(r"(?:allocate|Unable to allocate) ([\d.]+ \w+)", asked)
+    return UnavailableError(
+        f"the memory of {socket.gethostname()} is not enough{f' ({size[1]} were asked for)' if size else ''}; use a "
+        "machine with more, or lower model.width, train.batch_size, fleet.devices or the number of ranks"
+    )
 
 
 def storage_error(action: str, path: object, error: OSError) -> StorageError:

@@ -23,7 +23,7 @@ from fedfreeze.coordinator import Coordinator
 from fedfreeze.cost import measure_costs
 from fedfreeze.data.partition import partition
 from fedfreeze.data.store import Data, open_store, prepare
-from fedfreeze.errors import ConfigError, DataError, ExitCode, FedfreezeError, UnavailableError
+from fedfreeze.errors import ConfigError, DataError, ExitCode, FedfreezeError, UnavailableError, out_of_memory
 from fedfreeze.fleet import Fleet, make_fleet
 from fedfreeze.launcher import Launch
 from fedfreeze.methods import Method, make_method, method_class
@@ -50,7 +50,11 @@ def run_rank(config: Config, run_dir: Path, launch: Launch) -> int:
     except KeyboardInterrupt:
         reporter.notice("interrupted; the last checkpoint stands, run again to go on")
         return ExitCode.INTERRUPTED
-    except Exception:
+    except Exception as error:
+        too_large = out_of_memory(error)
+        if too_large is not None:
+            reporter.crash(too_large)
+            return too_large.exit_code
         reporter.crash(f"rank {launch.rank} on {socket.gethostname()}:\n{traceback.format_exc()}")
         return ExitCode.INTERNAL
     finally:

@@ -76,7 +76,9 @@ def plan_cut(config: Config, *, share: float, write: Path | None, as_json: bool)
         )
     if write is not None:
         _write(write, with_split(config, chosen.split))
-        console.print(f"wrote {write}; train with: fedfreeze run {write}", soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            f"wrote {write}; train with: fedfreeze run {write}", soft_wrap=True, highlight=False, markup=False
+        )
     else:
         split = json.dumps(list(chosen.split)).replace('"', "")
         console.print(f"train with --model.split='{split}'", soft_wrap=True, highlight=False, markup=False)

@@ -60,10 +60,11 @@ class Reporter:
             self.close()
             print(f"fedfreeze: error: {one_line(error)}", file=sys.stderr, flush=True)
 
-    def crash(self, text: str) -> None:
-        """Print an unexpected error of any rank."""
+    def crash(self, what: str | FedfreezeError) -> None:
+        """Print an unexpected error of any rank, be it quiet or not."""
         self.close()
-        print(f"fedfreeze: internal error, {text}", file=sys.stderr, flush=True)
+        text = f"internal error, {what}" if isinstance(what, str) else f"error: {one_line(what)}"
+        print(f"fedfreeze: {text}", file=sys.stderr, flush=True)
 
     def start(self, config: Config, coordinator: Coordinator, ranks: Ranks, history: Any, *, resumed: bool) -> None:
         """Say what runs, where, and who enforces the caps."""
