@@ -73,6 +73,8 @@ def random_value(draw: random.Random, key: str, annotation: Any, junk: float) ->
         return draw.sample(
             ["conv1", "layer1", "layer2", "layer1.0", "group2", "layer3", "embed", "fc", "x"], k=draw.randint(1, 3)
         )
+    if key == "threads_per_rank":
+        return draw.choice([1, 1, 2])  # more than there are cores is slow, not wrong
     if key == "synthetic_samples":
         return draw.choice([10, 11, 40, 200])
     origin, members = get_origin(annotation), get_args(annotation)

@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, verified when read, safetensors and JSON only."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,9 +18,12 @@ from safetensors.numpy import save as serialise_numpy
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from fedfreeze.errors import DataError, storage_error
+from fedfreeze.errors import DataError, one_line, storage_error
 
 VERSION = 1
+
+# What reading a damaged or foreign file can raise.
+_TORN = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class CheckpointStore:
         try:
             for folder in (self.folder, self.folder / "updates"):
                 folder.mkdir(exist_ok=True)  # not its parents: a run folder that was deleted is not made again
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             temporary.mkdir()
             needed = [self._save_update(number, update) for number, update in updates]
             weights = temporary / "weights.safetensors"
@@ -77,28 +81,35 @@ class CheckpointStore:
                 file.write(json.dumps({"digest": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
             for file_name in ("weights.safetensors", "state.json"):
                 _sync(temporary / file_name)
-            shutil.rmtree(final, ignore_errors=True)  # one that was torn, or from rounds that are done again
+            _remove(final)  # one that was torn, or from rounds that are done again
             temporary.rename(final)
             _sync(self.folder)
             self._drop_old()
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise storage_error("write checkpoint", final, error) from None
+        except BaseException as error:  # Ctrl-C too leaves nothing half-written
+            _remove(temporary)
+            for half in (self.folder / "updates").glob(".*.tmp"):
+                _remove(half)
+            if isinstance(error, OSError):
+                raise storage_error("write checkpoint", final, error) from None
+            raise
 
-    def load_newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint that is whole, saying so where a newer one was torn; None if there is none.
+    def load_newest(self, restore: Callable[[Checkpoint], None] = lambda found: None) -> Checkpoint | None:
+        """Restore the newest checkpoint that is whole, saying so where a newer one was torn; None if there is none.
 
-        Raises DataError if there are checkpoints but none can be read, or one is of a newer version.
+        One whose state `restore` cannot take counts as torn. Raises DataError if there are checkpoints but none can be
+        read, or one is of a newer version.
         """
         candidates = self._rounds()[::-1]
         for i, folder in enumerate(candidates):
             try:
                 found = self._load(folder)
-                for torn in candidates[:i]:  # they must not take the place of whole ones among those that are kept
-                    shutil.rmtree(torn, ignore_errors=True)
-                return found
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-                self.notice(f"checkpoint {folder.name} is torn ({str(error)[:120]}); trying the one before")
+                restore(found)
+            except (*_TORN, OSError) as error:
+                self.notice(f"checkpoint {folder.name} is torn ({one_line(error)[:120]}); trying the one before")
+                continue
+            for torn in candidates[:i]:  # they must not take the place of whole ones among those that are kept
+                _remove(torn)
+            return found
         if candidates:
             raise DataError(
                 f"none of the {len(candidates)} checkpoints in {self.folder} can be read; delete the run folder to "
@@ -147,13 +158,13 @@ class CheckpointStore:
     def _drop_old(self) -> None:
         kept = self._rounds()[-self.keep :]
         for folder in self._rounds()[: -self.keep]:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         needed: set[int] = set()
         for folder in kept:
             try:
                 outer = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 needed |= {number for number, _ in json.loads(outer["content"])["updates"]}
-            except (OSError, ValueError, KeyError):
+            except (*_TORN, OSError):
                 continue  # torn: it cannot be used, so it needs nothing
         for path in (self.folder / "updates").glob("round-*.safetensors"):
             number = path.stem.removeprefix("round-")
@@ -168,6 +179,14 @@ def weight_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
     As bytes and not by safetensors' own writer, which makes files that only their owner can read.
     """
     return serialise({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _digest(path: Path) -> str:

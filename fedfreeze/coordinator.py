@@ -1,7 +1,8 @@
 """Rank 0's mind: participant selector, pace controller and history. Pure: no collectives, no tensors, no wall time."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from fedfreeze.cost import FLOAT_BYTES, Costs
 from fedfreeze.errors import ConfigError
 from fedfreeze.fleet import Fleet
 from fedfreeze.pace import StageRound, make_policy
-from fedfreeze.plugins import own_code
+from fedfreeze.plugins import is_own, own_code
 from fedfreeze.reports import Assignment, DeviceReport, RoundPlan, Verdict
 from fedfreeze.select import make_selector
 
@@ -66,10 +67,10 @@ class Coordinator:
     def _check_stages_fit(self) -> None:
         for cost, devices in zip(self.costs.stages, self.eligible, strict=True):
             if not devices:
-                largest = max(cap for cap in self.fleet.memory_cap_bytes if cap is not None)
+                largest = max(cap for cap in self.fleet.memory_cap_bytes if cap is not None) / MIB
                 raise ConfigError(
                     f"no device holds stage {cost.name!r}: it needs {_up(cost.memory_bytes)} MiB at batch "
-                    f"{self.config.train.batch_size}, the largest cap is {math.floor(largest / MIB * 100) / 100} MiB; "
+                    f"{self.config.train.batch_size}, the largest cap is {math.floor(largest * 100 + 0.01) / 100} MiB; "
                     f"the smallest cap that holds every stage is {_up(self._smallest_cap())} MiB "
                     "(raise fleet.memory_cap_mib, or lower train.batch_size or model.width)"
                 )
@@ -188,8 +189,8 @@ class Coordinator:
             "peak_bytes": self.peak_bytes,
             "peak_sum_bytes": self.peak_sum_bytes,
             "device_rounds": self.device_rounds,
-            "pace": self.pace.state_dict(),
-            "selector": self.selector.state_dict(),
+            "pace": _plain("pace.policy", self.policy, self.pace.state_dict),
+            "selector": _plain("select.name", self.config.select.name, self.selector.state_dict),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -202,6 +203,13 @@ class Coordinator:
         self.frozen_held = dict(state["frozen_held"])
         self.pace.load_state_dict(state["pace"])
         self.selector.load_state_dict(state["selector"])
+
+
+def _plain(key: str, name: str, state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return a state as JSON gives it back, so that a run that goes on has what an undisturbed one has."""
+    with own_code(key, f"{name}.state_dict" if is_own(name) else name):
+        state: dict[str, Any] = json.loads(json.dumps(state_dict()))
+        return state
 
 
 def _up(number_of_bytes: int) -> float:

@@ -1,6 +1,7 @@
 """What a stage costs a device, before anything is trained: memory, FLOPs, bytes, by running it on fake tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,18 +71,31 @@ def measure_costs(config: Config, image_shape: ImageShape, num_classes: int) -> 
 
 
 def _measure(config: Config, image_shape: ImageShape, num_classes: int) -> Costs:
-    # a factory of the user's own may load weights or make constants of its own
-    with FakeTensorMode(allow_non_fake_inputs=True), own_code("model.factory", config.model.factory or ""):
+    with fake_tensors():
         blocked = build_network(config.model, image_shape, num_classes, config.seed)
         method = make_method(config, blocked)
         cpu = torch.device("cpu")
         stages = []
         for index in range(method.num_stages):
-            stage = method.enter_stage(index, cpu)
+            with own_code("method.name", config.method.name):
+                stage = method.enter_stage(index, cpu)
             stages.append(_stage_cost(config, method.stage_names[index], stage, image_shape))
-            method.leave_stage(stage)
+            with own_code("method.name", config.method.name):
+                method.leave_stage(stage)
         full = _full_cost(config, blocked, image_shape)
     return Costs(tuple(stages), full)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Allocate nothing inside; tensors have shapes only. A factory of the user's own may load or convert weights."""
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # the other way, by .data, fails on fake tensors
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
 
 
 def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape) -> StageCost:
@@ -90,10 +104,11 @@ def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape)
 
 
 def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape) -> StageCost:
-    memory = step_memory(stage, config.train, image_shape)
-    trainer, images, labels = _one_step(stage, config.train, image_shape)
-    step_flops = _flops(lambda: trainer.step(images, labels))
-    frozen_flops = _flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
+    with own_code("model.factory", config.model.factory or ""):
+        memory = step_memory(stage, config.train, image_shape)
+        trainer, images, labels = _one_step(stage, config.train, image_shape)
+        step_flops = _flops(lambda: trainer.step(images, labels))
+        frozen_flops = _flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
     return StageCost(
         name=name,
         memory_bytes=memory,

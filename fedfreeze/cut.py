@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedfreeze.blocks import ImageShape, Outline, build_outline
 from fedfreeze.config import Config
-from fedfreeze.cost import Costs, measure_costs, step_memory
+from fedfreeze.cost import Costs, fake_tensors, measure_costs, step_memory
 from fedfreeze.errors import ConfigError
 from fedfreeze.fleet import Fleet
 from fedfreeze.methods import SmartFreeze, make_method
@@ -46,7 +45,7 @@ def propose(
     Cuts that do not lower the peak are left out, so each proposal needs less than the one before. If no cut lets the
     share join, the last one yielded has the smallest peak there is. Raises ConfigError for a method without stages.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         outline = build_outline(config.model, image_shape, num_classes, config.seed)
         if not isinstance(make_method(with_split(config, outline.places[:1]), outline.cut([])), SmartFreeze):
             raise ConfigError(f"--cut: method.name {config.method.name} does not train by blocks; use smartfreeze")
@@ -137,7 +136,7 @@ class _Search:
     def _estimate(self, begin: int, end: int) -> int:
         """Return what the stage of one block needs, the rest taken as one frozen and one missing block."""
         split = [self.places[i] for i in (begin, end) if 0 < i < len(self.places)]
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with fake_tensors():
             blocked = self.outline.cut(split)
             config = with_split(self.config, split or self.places[:1])
             method = SmartFreeze(config, blocked)

@@ -218,12 +218,10 @@ class Experiment:
         self.folder.claim(self.config)
         caps = [None if cap is None else cap / MIB for cap in self.coordinator.fleet.memory_cap_bytes]
         self.folder.write_partition(summarise(self.parts, self.data).csv(caps))
-        found = self.checkpoints.load_newest()
+        found = self.checkpoints.load_newest(self._restore)
         if found is not None and self.folder.metrics_bytes() < found.state["metrics_bytes"]:
             self.reporter.notice(f"{self.folder.metrics_path} is shorter than it was: lines are missing in it")
         self.folder.cut_metrics(found.state["metrics_bytes"] if found else 0)
-        if found is not None:
-            self._restore(found)
         self.history.run_start(self.coordinator)
         self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
         return self.coordinator.stage, self.coordinator.ended
@@ -231,6 +229,8 @@ class Experiment:
     def _restore(self, found: Checkpoint) -> None:
         assert self.coordinator is not None
         assert self.history is not None
+        if not isinstance(found.state["metrics_bytes"], int):
+            raise TypeError("its length of metrics.jsonl is no number")
         if found.state["inputs"] != self._inputs():
             raise ConfigError(
                 f"the data or the caps (a CSV file?) have changed since {self.folder.path} was begun; put them back, "
@@ -243,6 +243,7 @@ class Experiment:
             tensor.copy_(found.tensors[name])
         self.coordinator.load_state_dict(found.state["coordinator"])
         self.history.load_state_dict(found.state["history"])
+        self.window.clear()
         for number, update in found.updates:
             self.window.updates.append((number, update))
 

@@ -34,13 +34,19 @@ class Launch:
 def detect_launch(environment: Mapping[str, str]) -> Launch:
     """Read who this process is from what its launcher set. Raises ConfigError where that cannot be right."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Launch(
+        launch = Launch(
             "torchrun",
             rank=_number(environment, "RANK"),
             world_size=_number(environment, "WORLD_SIZE"),
             local_rank=_number(environment, "LOCAL_RANK"),
             local_world_size=_number(environment, "LOCAL_WORLD_SIZE"),
         )
+        if not (0 <= launch.rank < launch.world_size and 0 <= launch.local_rank < launch.local_world_size):
+            raise ConfigError(
+                f"RANK is {launch.rank} of WORLD_SIZE {launch.world_size}, LOCAL_RANK {launch.local_rank} of "
+                f"LOCAL_WORLD_SIZE {launch.local_world_size}, which cannot be; start the ranks with torchrun or --nproc"
+            )
+        return launch
     tasks = environment.get("SLURM_NTASKS", "1")
     if "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1:
         raise ConfigError(
@@ -71,17 +77,23 @@ def run_local_ranks(world_size: int, rank_main: Callable[[Launch], int]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         ranks: list[BaseProcess] = []
+        # a Ctrl-C waits until the ranks stand where they can take it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         for rank in range(world_size):
             launch = Launch("nproc", rank, world_size, rank, world_size, init_method)
-            process = fork.Process(target=_local_rank, args=(launch, rank_main, parent), name=f"rank{rank}")
+            process = fork.Process(target=_local_rank, args=(launch, rank_main, parent, before), name=f"rank{rank}")
             process.start()
             ranks.append(process)
-        return _wait(ranks)
+        return _wait(ranks, before)
 
 
-def _local_rank(launch: Launch, rank_main: Callable[[Launch], int], parent: int) -> None:
+def _local_rank(launch: Launch, rank_main: Callable[[Launch], int], parent: int, unblocked: set[int]) -> None:
     die_with_parent(parent)
-    code = rank_main(launch)
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        code = rank_main(launch)
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not through the parent's exit handlers, which are not this process's to run
@@ -95,11 +107,15 @@ def die_with_parent(parent: int) -> None:
         os._exit(ExitCode.RANK_LOST)
 
 
-def _wait(ranks: list[BaseProcess]) -> int:
+def _wait(ranks: list[BaseProcess], unblocked: set[int]) -> int:
     deadline = None
     interrupted = killed_by_us = False
+    masked = True
     while any(rank.is_alive() for rank in ranks):
         try:
+            if masked:
+                masked = False
+                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             for rank in ranks:
                 rank.join(timeout=0.02)
         except KeyboardInterrupt:

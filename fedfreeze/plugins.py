@@ -50,7 +50,7 @@ def load_own(key: str, name: str) -> Any:
         raise ConfigError(
             f"{key}: {what} {error.name} is not found; looked in {os.getcwd()} and in what is installed"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{key}: importing {module_name} failed: {told(error)}") from None
     try:
         return getattr(module, attribute)
@@ -66,7 +66,7 @@ def own_code(key: str, name: str) -> Iterator[None]:
         yield
     except FedfreezeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that is imported may end the program
         if not is_own(name):
             raise
         raise ConfigError(f"{key}: {name} raised {told(error)}") from None

@@ -77,6 +77,12 @@ class Reporter:
             f"({facts['device']}, backend {ranks.backend}), {config.train.participants} a round; "
             f"caps enforced by: {facts['cap_enforcement']}"
         )
+        here, cores = ranks.rank_hosts.count(ranks.rank_hosts[0]), len(os.sched_getaffinity(0))
+        if ranks.device.type == "cpu" and here * config.train.threads_per_rank > cores:
+            self.notice(
+                f"{here} rank{'s' * (here > 1)} of {config.train.threads_per_rank} threads on {cores} cores of this host: "
+                "slow; lower train.threads_per_rank or the number of ranks"
+            )
         if resumed:
             self.notice(f"resumed after round {coordinator.round}")
         for stage, eligible in enumerate(coordinator.eligible):
