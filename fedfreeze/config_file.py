@@ -234,6 +234,11 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {value!r}: {one_line(Exception(message))}{more}"
 
 
+def is_name(text: str) -> bool:
+    """Tell whether a run can be called so."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
+
+
 def _check_rules(config: Config) -> None:
     """Rules between keys; what depends on data, memory or the machine is checked where it is known."""
     if config.train.participants > config.fleet.devices:
@@ -241,7 +246,7 @@ def _check_rules(config: Config) -> None:
             f"train.participants: {config.train.participants} is more than fleet.devices ({config.fleet.devices}); "
             "lower the one or raise the other"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+    if not is_name(config.name):
         raise ConfigError(f"name: {config.name!r} must be letters, digits, '.', '_' and '-', for it names a folder")
     pace = config.pace
     if pace.max_rounds is not None and pace.max_rounds < pace.min_rounds:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fedfreeze.aggregate import device_weight
 from fedfreeze.blocks import build_network
 from fedfreeze.cap import MIB
 from fedfreeze.checkpoint import Checkpoint, CheckpointStore, weight_bytes
@@ -29,6 +30,7 @@ from fedfreeze.launcher import Launch
 from fedfreeze.methods import Method, make_method, method_class
 from fedfreeze.pace import PerturbationWindow
 from fedfreeze.partition_summary import summarise
+from fedfreeze.plugins import own_code, own_frame
 from fedfreeze.report import Reporter
 from fedfreeze.round import RoundResult, run_round
 from fedfreeze.run_folder import RunFolder
@@ -55,7 +57,9 @@ def run_rank(config: Config, run_dir: Path, launch: Launch) -> int:
         if too_large is not None:
             reporter.crash(too_large)
             return too_large.exit_code
-        reporter.crash(f"rank {launch.rank} on {socket.gethostname()}:\n{traceback.format_exc()}")
+        own = own_frame(error, [config.model.factory, config.method.name, config.select.name, config.pace.policy])
+        blame = f"in code of your own ({own}), " if own else ""
+        reporter.crash(f"{blame}rank {launch.rank} on {socket.gethostname()}:\n{traceback.format_exc()}")
         return ExitCode.INTERNAL
     finally:
         reporter.close()
@@ -168,7 +172,16 @@ class Experiment:
 
     def _build(self) -> Method:
         blocked = build_network(self.config.model, self.data.image_shape, self.data.num_classes, self.config.seed)
-        return make_method(self.config, blocked)
+        method = make_method(self.config, blocked)
+        with own_code("method.name", self.config.method.name):
+            for samples in {len(part) for part in self.parts}:
+                weight, most = method.weight(samples), device_weight(self.config.method.weights, samples)
+                if not isinstance(weight, int) or not 0 <= weight <= most:
+                    raise ConfigError(
+                        f"method.name: {self.config.method.name} gives a device of {samples} samples the weight {weight};"
+                        f" it must be a whole number of 0 to {most}, or the exact sum could overflow"
+                    )
+        return method
 
     def _make_coordinator(self, fleet: Fleet, samples: list[int]) -> None:
         """On rank 0 alone: what a stage costs is predicted once, and everyone learns of it by the plans."""

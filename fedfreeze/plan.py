@@ -1,6 +1,7 @@
 """`fedfreeze plan`: what each stage needs and which devices can join, before anything is trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from rich.table import Table
 
 from fedfreeze.cap import MIB
 from fedfreeze.config import Config
-from fedfreeze.config_file import dump_config
+from fedfreeze.config_file import dump_config, is_name
 from fedfreeze.cost import Costs, StageCost, measure_costs
 from fedfreeze.cut import Proposal, propose, with_split
 from fedfreeze.data.partition import partition
@@ -75,7 +76,8 @@ def plan_cut(config: Config, *, share: float, write: Path | None, as_json: bool)
             "try another method.output_module)"
         )
     if write is not None:
-        _write(write, with_split(config, chosen.split))
+        # a name of its own, or the run would want the folder of the usual cut
+        _write(write, replace(with_split(config, chosen.split), name=write.stem))
         console.print(
             f"wrote {write}; train with: fedfreeze run {write}", soft_wrap=True, highlight=False, markup=False
         )
@@ -139,8 +141,10 @@ def _cut_as_json(proposals: list[Proposal], usual: Proposal | None, share: float
 
 
 def _write(path: Path, config: Config) -> None:
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"--write: {path} must end in .yaml")
+    if path.suffix not in (".yaml", ".yml") or not is_name(path.stem):
+        raise ConfigError(
+            f"--write: {path} must be letters, digits, '.', '_' and '-', and end in .yaml; the run is called after it"
+        )
     try:
         write_whole(path, dump_config(config))
     except OSError as error:

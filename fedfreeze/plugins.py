@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,8 +74,18 @@ def own_code(key: str, name: str) -> Iterator[None]:
 
 def told(error: BaseException) -> str:
     """Return an exception on one line: its type, message, and the file and line of the innermost frame."""
-    frames = traceback.extract_tb(error.__traceback__)
+    # a call that fails as such, by a wrong keyword, has no frame but ours
+    ours = str(Path(__file__).parent)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError) and error.filename:
         where = f" ({Path(error.filename).name}:{error.lineno})"
     return f"{type(error).__name__}: {one_line(error)[:200]}{where}"
+
+
+def own_frame(error: BaseException, names: Sequence[str | None]) -> str | None:
+    """Return file and line of the user's own code through which an exception came; None if it came through none."""
+    modules = [sys.modules.get(name.partition(":")[0]) for name in names if name is not None and is_own(name)]
+    files = {module.__file__ for module in modules if module is not None}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None

@@ -80,7 +80,7 @@ class Reporter:
         here, cores = ranks.rank_hosts.count(ranks.rank_hosts[0]), len(os.sched_getaffinity(0))
         if ranks.device.type == "cpu" and here * config.train.threads_per_rank > cores:
             self.notice(
-                f"{here} rank{'s' * (here > 1)} of {config.train.threads_per_rank} threads on {cores} cores of this host: "
+                f"{here} rank(s) of {config.train.threads_per_rank} thread(s) on the {cores} cores of this host: "
                 "slow; lower train.threads_per_rank or the number of ranks"
             )
         if resumed:
@@ -140,8 +140,8 @@ class Reporter:
         if summary["memory_cut_mean"] is not None:
             self.say(
                 f"memory: peak {summary['peak_memory_mib']:.2f} MiB, mean {summary['mean_memory_mib']:.2f} MiB, "
-                f"full model {summary['full_memory_mib']:.2f} MiB (cut {summary['memory_cut_peak']:.0%} and "
-                f"{summary['memory_cut_mean']:.0%})"
+                f"full model {summary['full_memory_mib']:.2f} MiB (cut {_percent(summary['memory_cut_peak'])} and "
+                f"{_percent(summary['memory_cut_mean'])})"
             )
         self.say(
             f"devices: {summary['participation']:.0%} trained, {summary['inclusion']:.0%} could; "
@@ -190,6 +190,10 @@ def closing_table(stages: Sequence[dict[str, Any]]) -> Table:
             _number(record["accuracy"], ".4f"),
         )
     return table
+
+
+def _percent(share: float) -> str:
+    return f"{round(share * 100) + 0}%"
 
 
 def _number(value: float | None, form: str) -> str:

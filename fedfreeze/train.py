@@ -87,7 +87,7 @@ class Emulator:
                     failed=f"diverged: a weight is not a number, or changed by more than {UPDATE_LIMIT:g}",
                 )
             index = self.method.part_index(self.stage, assignment.cap_bytes)
-            update.add(change, self.method.weight(len(rows)), index)
+            update.add(change if index is None else change[index], self.method.weight(len(rows)), index)
         return report
 
     def _cannot_learn(self, samples: int) -> str | None:

@@ -29,7 +29,7 @@ FLOORS = [
     {"summary", "report"},
     {"cut", "plan"},
     {"experiment"},
-    {"cli", "__main__"},
+    {"reference", "cli", "__main__"},
 ]
 
 
