@@ -178,8 +178,8 @@ class Experiment:
                 weight, most = method.weight(samples), device_weight(self.config.method.weights, samples)
                 if not isinstance(weight, int) or not 0 <= weight <= most:
                     raise ConfigError(
-                        f"method.name: {self.config.method.name} gives a device of {samples} samples the weight {weight};"
-                        f" it must be a whole number of 0 to {most}, or the exact sum could overflow"
+                        f"method.name: {self.config.method.name} gives {samples} samples the weight {weight}; it"
+                        f" must be a whole number of 0 to {most}, or the exact sum could overflow"
                     )
         return method
 
