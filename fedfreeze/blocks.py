@@ -4,10 +4,12 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from fedfreeze.chain import Link, chain_of
 from fedfreeze.config import ModelConfig
@@ -96,7 +98,9 @@ def _own_network(config: ModelConfig, image_shape: ImageShape, num_classes: int)
     factory = load_own(key, config.factory)
     if not callable(factory):
         raise ConfigError(f"{key}: {config.factory} is a {type(factory).__name__}, not a function")
-    with own_code(key, config.factory):
+    fake_mode = detect_fake_mode()
+    # for real even where costs are predicted: a factory may load, convert or look at weights
+    with unset_fake_temporarily(), own_code(key, config.factory):
         network = factory(
             num_classes=num_classes, in_channels=image_shape[0], image_size=image_shape[1:], **config.options
         )
@@ -107,7 +111,29 @@ def _own_network(config: ModelConfig, image_shape: ImageShape, num_classes: int)
             raise ConfigError(f"{key}: parameter {name} is {parameter.dtype}; networks train in float32 here")
         if not parameter.requires_grad:
             raise ConfigError(f"{key}: parameter {name} does not require gradients; fedfreeze does the freezing")
+    if fake_mode is not None:
+        with unset_fake_temporarily():
+            outline_of(network, image_shape, num_classes)  # here there are values to compare
+            _make_fake(network, fake_mode)
     return network
+
+
+def _make_fake(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every tensor of a network by one that has a shape only; what was shared stays shared."""
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            shape_only = mode.from_tensor(tensor.detach())
+            made[id(tensor)] = nn.Parameter(shape_only) if isinstance(tensor, nn.Parameter) else shape_only
+        return made[id(tensor)]
+
+    for module in network.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in tables:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)
 
 
 def outline_of(
@@ -159,8 +185,9 @@ def _probe(network: nn.Module, links: Sequence[Link], image_shape: ImageShape, n
                 shapes.append(tuple(x.shape[1:]))
             where = "the network"
             expected = network(torch.full((1, *image_shape), 0.5))
-            # on fake tensors there are no values to compare
-            same = isinstance(x, FakeTensor) or torch.equal(x.nan_to_num(), expected.nan_to_num())
+            fake = isinstance(x, FakeTensor)  # there are no values to compare
+            finite = fake or bool(expected.isfinite().all())
+            same = fake or torch.equal(x.nan_to_num(), expected.nan_to_num())
     except Exception as error:
         raise ConfigError(
             f"model: {where} fails on an image of {_sizes(image_shape)} (channels x height x width): {told(error)}"
@@ -172,6 +199,8 @@ def _probe(network: nn.Module, links: Sequence[Link], image_shape: ImageShape, n
             f"model: the network maps one image of {_sizes(image_shape)} to {_sizes(tuple(expected.shape))}, not to "
             f"1x{num_classes} (one row, a logit for each class)"
         )
+    if not finite:
+        raise ConfigError("model: the network puts out what is not a number for a grey image; check its first weights")
     if not same:
         raise ConfigError(
             "model: the modules of the network, one after the other, do not compute what its forward does; blocks "

@@ -15,7 +15,7 @@ import fedfreeze
 from fedfreeze.config import Config
 from fedfreeze.config_file import load_config, shipped_experiments
 from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line, out_of_memory
-from fedfreeze.launcher import detect_launch, run_local_ranks
+from fedfreeze.launcher import detect_launch, interrupt_once, run_local_ranks
 from fedfreeze.reference import section_keys, top_level_keys
 
 
@@ -61,13 +61,12 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     if options.nproc > 1 and launch.launcher != "none":
         raise ConfigError(f"--nproc {options.nproc} under {launch.launcher}, which starts the ranks itself; drop it")
 
-    from fedfreeze.experiment import note_lost_run, run_rank  # not before: a mistake is told without importing torch
+    from fedfreeze.experiment import note_exit_code, run_rank  # not before: a mistake is told without importing torch
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt_once())
     if options.nproc > 1:
         code = run_local_ranks(options.nproc, lambda local: run_rank(config, run_dir, local))
-        if code == ExitCode.RANK_LOST:
-            note_lost_run(run_dir)
+        note_exit_code(run_dir, code)
         return code
     return run_rank(config, run_dir, launch)
 

@@ -16,6 +16,7 @@ from fedfreeze.config import RESUME_MAY_DIFFER, Config
 from fedfreeze.errors import ConfigError, one_line
 
 _SECTIONS = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
+_MOST_VALUES = 2_000_000  # in one key; a list of caps may have a value for each of a million devices
 _TOP_LEVEL = [field.name for field in fields(Config)]
 
 
@@ -194,12 +195,27 @@ def _check_known_keys(values: dict[str, Any]) -> None:
 def _check_plain(key: str, value: Any) -> None:
     """Refuse what YAML can say and a configuration cannot hold: values within themselves, halves of characters."""
     try:
-        text = json.dumps(value, default=str, ensure_ascii=False)
+        _check_size(value)
+        text = json.dumps(value, default=str, ensure_ascii=False, allow_nan=not isinstance(value, dict))
         text.encode()
         if "\\u0000" in text:
             raise ValueError("it holds a NUL")
     except _UNREADABLE as error:
         raise ConfigError(f"{key}: no number, text or list of these: {one_line(error)[:120]}") from None
+
+
+def _check_size(value: Any) -> None:
+    """Refuse what is small in the file and huge in memory: lists that name a list that names a list."""
+    waiting, seen = [value], 0
+    while waiting:
+        seen += 1
+        if seen + len(waiting) > _MOST_VALUES:
+            raise ValueError(f"it holds itself, or more than {_MOST_VALUES} values")
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list | tuple | set):
+            waiting += item
 
 
 def _unknown(key: str, known: list[str], what: str) -> str:

@@ -1,5 +1,6 @@
 """What a stage costs a device, before anything is trained: memory, FLOPs, bytes, by running it on fake tensors."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,14 +89,15 @@ def _measure(config: Config, image_shape: ImageShape, num_classes: int) -> Costs
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Allocate nothing inside; tensors have shapes only. A factory of the user's own may load or convert weights."""
-    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # the other way, by .data, fails on fake tensors
+    """Allocate nothing inside: tensors have shapes only."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what fails there is told by our own line
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+        logger.setLevel(level)
 
 
 def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape) -> StageCost:

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from fedfreeze.blocks import build_network
 from fedfreeze.config_file import load_config
-from fedfreeze.errors import DataError
+from fedfreeze.errors import DataError, one_line
 from fedfreeze.methods import make_method
 
 
@@ -25,6 +26,11 @@ def load_model(run_dir: str | Path) -> nn.Module:
     channels, height, width = summary["image_shape"]
     blocked = build_network(config.model, (channels, height, width), summary["num_classes"], config.seed)
     network = make_method(config, blocked).deployed(summary["deployed_stage"])
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"{folder / 'model.safetensors'} is not the network of this run: {one_line(error)[:160]}"
+        ) from None
     network.normalisation = summary["normalisation"]
     return network.eval()

@@ -55,11 +55,11 @@ def run_rank(config: Config, run_dir: Path, launch: Launch) -> int:
     except Exception as error:
         too_large = out_of_memory(error)
         if too_large is not None:
-            reporter.crash(too_large)
+            reporter.crash(f"error: {too_large}")
             return too_large.exit_code
         own = own_frame(error, [config.model.factory, config.method.name, config.select.name, config.pace.policy])
-        blame = f"in code of your own ({own}), " if own else ""
-        reporter.crash(f"{blame}rank {launch.rank} on {socket.gethostname()}:\n{traceback.format_exc()}")
+        blame = f"error in code of your own ({own})" if own else "internal error"
+        reporter.crash(f"{blame}, rank {launch.rank} on {socket.gethostname()}:\n{traceback.format_exc()}")
         return ExitCode.INTERNAL
     finally:
         reporter.close()
@@ -92,12 +92,16 @@ def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> i
         folder.close()
 
 
-def note_lost_run(run_dir: Path) -> None:
-    """Have summary.json say that the run broke off, where rank 0 can no longer say so itself."""
+def note_exit_code(run_dir: Path, code: int) -> None:
+    """Have summary.json say how the ranks ended, where rank 0 could not, or knew only that another was gone."""
     folder = RunFolder(run_dir)
     summary = folder.read_summary()
-    if summary is not None and summary.get("status") == "running":
-        folder.write_summary(summary | {"status": "failed", "exit_code": int(ExitCode.RANK_LOST)})
+    if summary is None:
+        return
+    if summary.get("status") == "running" and code == ExitCode.RANK_LOST:
+        folder.write_summary(summary | {"status": "failed", "exit_code": int(code)})
+    elif summary.get("exit_code") == ExitCode.RANK_LOST and code == ExitCode.INTERNAL:
+        folder.write_summary(summary | {"exit_code": int(code)})
 
 
 def keep_freed_memory() -> None:
@@ -204,7 +208,8 @@ class Experiment:
                 self.emulator.leave_stage()
                 if not verdict.stop:
                     stage += 1
-                    self.method.begin_stage(stage)
+                    with own_code("method.name", self.config.method.name):
+                        self.method.begin_stage(stage)
                     self.window.clear()
                     self.emulator.enter_stage(stage)
             if verdict.checkpoint:

@@ -16,6 +16,8 @@ from fedfreeze.errors import ConfigError, ExitCode
 # How long surviving local ranks may take to notice a dead one and leave by themselves.
 _GRACE_S = 10.0
 
+_SAME_INTERRUPT_S = 2.0
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -62,6 +64,23 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         raise ConfigError(
             f"RANK is set but {name} is {environment.get(name)!r}; start the ranks with torchrun or --nproc"
         ) from None
+
+
+def interrupt_once() -> Callable[[int, object], None]:
+    """Return a handler that raises KeyboardInterrupt and takes Ctrl-Cs of the next two seconds for the same one.
+
+    A terminal tells all processes of its foreground, and a parent its ranks: the second word must not break into the
+    clean-up after the first.
+    """
+    last: list[float] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        now = time.monotonic()
+        if not last or now - last[-1] > _SAME_INTERRUPT_S:
+            last.append(now)
+            raise KeyboardInterrupt
+
+    return interrupt
 
 
 def run_local_ranks(world_size: int, rank_main: Callable[[Launch], int]) -> int:

@@ -60,10 +60,9 @@ class Reporter:
             self.close()
             print(f"fedfreeze: error: {one_line(error)}", file=sys.stderr, flush=True)
 
-    def crash(self, what: str | FedfreezeError) -> None:
-        """Print an unexpected error of any rank, be it quiet or not."""
+    def crash(self, text: str) -> None:
+        """Print what ended this rank and was not expected; also of a rank that is quiet otherwise."""
         self.close()
-        text = f"internal error, {what}" if isinstance(what, str) else f"error: {one_line(what)}"
         print(f"fedfreeze: {text}", file=sys.stderr, flush=True)
 
     def start(self, config: Config, coordinator: Coordinator, ranks: Ranks, history: Any, *, resumed: bool) -> None:

@@ -37,6 +37,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             notices = self._lock()
         except OSError as error:
+            self._unmake()
             raise storage_error("use run folder", self.path, error) from None
         try:
             self._check_config(config)
@@ -50,9 +51,12 @@ class RunFolder:
         if self._descriptor is not None:
             lock.give_back(self._descriptor, self._lock_path)
             self._descriptor = None
-            with contextlib.suppress(OSError):  # not empty: a run has begun in it
-                for folder in self._made:
-                    folder.rmdir()
+            self._unmake()
+
+    def _unmake(self) -> None:
+        with contextlib.suppress(OSError):  # not empty: a run has begun in it
+            for folder in self._made:
+                folder.rmdir()
 
     def claim(self, config: Config) -> None:
         """Write config.yaml: from now on the folder belongs to this run. Raises StorageError."""

@@ -10,7 +10,9 @@ from fedfreeze.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
 from fedfreeze.config import Config
 from fedfreeze.data.batches import evaluation_batch, training_batches
 from fedfreeze.data.store import Data
+from fedfreeze.errors import ConfigError
 from fedfreeze.methods import Method
+from fedfreeze.plugins import own_code
 from fedfreeze.reports import Assignment, DeviceReport, RoundPlan
 from fedfreeze.seeds import global_seed, torch_generator
 from fedfreeze.stage import LocalTrainer, Stage, sees_one_value
@@ -140,7 +142,14 @@ class Emulator:
     def apply(self, update: UpdateSum, weight_sum: int) -> torch.Tensor:
         """Merge the summed updates into the global values and return the change."""
         before = self.values
-        self.values = self.method.merge(before, update, weight_sum)
+        name = self.config.method.name
+        with own_code("method.name", name):  # the same on every rank, so all leave
+            self.values = self.method.merge(before, update, weight_sum)
+        if self.values.shape != before.shape or self.values.dtype != before.dtype:
+            raise ConfigError(
+                f"method.name: {name}.merge returned {self.values.dtype} of {tuple(self.values.shape)}, not "
+                f"{before.dtype} of {tuple(before.shape)}"
+            )
         return self.values - before
 
     def count_correct(self, rank: int, world_size: int) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.bad_places import go, write
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test may reach for the network
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,3 +67,19 @@ def write_parquet(png: Callable[[np.ndarray], bytes]) -> Callable[..., Path]:
 @pytest.fixture
 def cache(tmp_path) -> Path:
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    write(folder)
+    outcome = go(folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    return folder / "run"
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    write(tmp_path)
+    return tmp_path
