@@ -8,9 +8,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 
-select=(-m "not slow")
+# two test files at once: most of their time is the start of programs that use one core
+select=(-m "not slow" -n 2 --dist loadfile)
 if [ "${1:-}" = --full ]; then
-  select=()
+  select=() # one at a time, so that -s shows what the long ones print
   shift
 fi
 make_environment '.[test]'

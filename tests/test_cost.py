@@ -109,14 +109,15 @@ def test_fedavg_has_one_stage_the_full_model() -> None:
 
 
 @pytest.mark.parametrize("method_name", ["smartfreeze", "fedavg"])
-def test_count_agrees_with_torchs_own_memory_tracker(method_name: str) -> None:
+@pytest.mark.parametrize("model", ["resnet10", "vgg11", "vit"])
+def test_count_agrees_with_torchs_own_memory_tracker(model: str, method_name: str) -> None:
     """An independent count of the same step: torch's MemTracker, within 2 %. (It cannot follow a frozen prefix.)"""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     shape = (3, 32, 32)
     config = make_config(
         {
-            "model": {"name": "resnet10", "width": 16},
+            "model": {"name": model, "width": 16},
             "method": {"name": method_name},
             "train": {"batch_size": 16, "momentum": 0.0},
         }
