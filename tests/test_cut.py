@@ -113,7 +113,7 @@ def test_a_run_with_the_proposed_cut_takes_them_in(proposed: Path) -> None:
         (["--cut", "--share=0"], 64, "'0' is not a share"),
         (["--cut", "--method.name=fedavg"], 64, "does not train by blocks"),
         (["--cut", "--fleet.memory_cap_mib=0.01"], 64, "no cut lets 90% of the devices join every stage"),
-        (["--cut", "--fleet.memory_cap_mib=9", "--write=cut.json"], 64, "must end in .yaml"),
+        (["--cut", "--fleet.memory_cap_mib=9", "--write=cut.json"], 64, "end in .yaml"),
         (["--cut", "--fleet.memory_cap_mib=9", "--write=/dev/null/cut.yaml"], 74, "cannot write /dev/null/cut.yaml"),
         (["--partition-picture=p.txt"], 64, "must end in .png"),
         (["--partition-picture=/dev/null/p.png"], 74, "cannot write /dev/null/p.png"),
