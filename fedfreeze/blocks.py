@@ -1,5 +1,6 @@
 """The network cut into consecutive blocks."""
 
+import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -98,12 +99,12 @@ def _own_network(config: ModelConfig, image_shape: ImageShape, num_classes: int)
     factory = load_own(key, config.factory)
     if not callable(factory):
         raise ConfigError(f"{key}: {config.factory} is a {type(factory).__name__}, not a function")
+    keywords = {"num_classes": num_classes, "in_channels": image_shape[0], "image_size": image_shape[1:]}
+    _check_keywords(key, config, factory, keywords | config.options)
     fake_mode = detect_fake_mode()
     # for real even where costs are predicted: a factory may load, convert or look at weights
     with unset_fake_temporarily(), own_code(key, config.factory):
-        network = factory(
-            num_classes=num_classes, in_channels=image_shape[0], image_size=image_shape[1:], **config.options
-        )
+        network = factory(**keywords, **config.options)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{key}: {config.factory} returned a {type(network).__name__}, not a torch.nn.Module")
     for name, parameter in network.named_parameters():
@@ -116,6 +117,18 @@ def _own_network(config: ModelConfig, image_shape: ImageShape, num_classes: int)
             outline_of(network, image_shape, num_classes)  # here there are values to compare
             _make_fake(network, fake_mode)
     return network
+
+
+def _check_keywords(key: str, config: ModelConfig, factory: Any, keywords: dict[str, Any]) -> None:
+    try:
+        inspect.signature(factory).bind(**keywords)
+    except ValueError:
+        return  # not written in Python: it has no signature to look at
+    except TypeError as error:
+        raise ConfigError(
+            f"{key}: {config.factory}: {error}; it is called with the keywords {', '.join(keywords)}; those of "
+            "model.options come last"
+        ) from None
 
 
 def _make_fake(network: nn.Module, mode: FakeTensorMode) -> None:
@@ -218,7 +231,10 @@ def _head_start(links: Sequence[Link], shapes: Sequence[Shape], num_classes: int
         if isinstance(module, nn.Linear) and module.out_features == num_classes
     ]
     if not classifiers:
-        raise ConfigError(f"model: the network has no classifier, a torch.nn.Linear with {num_classes} outputs")
+        raise ConfigError(
+            f"model: the network has no classifier, a torch.nn.Linear with {num_classes} outputs; end it with pooling, "
+            "flattening and one of these"
+        )
     start = classifiers[-1]
     while start > 1 and _belongs_to_head(links[start - 1], shapes[start - 2], shapes[start - 1]):
         start -= 1

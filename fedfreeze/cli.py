@@ -124,18 +124,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--write", type=Path, metavar="FILE", help="write the configuration with the proposed cut")
     _add_command(
-        commands, "fetch", _fetch, "download and decode the data into data.cache_dir, for nodes without a network"
+        commands,
+        "fetch",
+        _fetch,
+        "download and decode the data into data.cache_dir, for nodes without a network",
+        sections=("data",),
     )
     return parser
 
 
-def _add_command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
-    """Add a command that takes a configuration."""
+def _add_command(
+    commands: Any, name: str, function: Any, summary: str, sections: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Add a command that takes a configuration; its help shows the keys of `sections`, or all."""
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"{_config_help()}\n\n{exit_code_help()}",
+        epilog=f"{_config_help(sections)}\n\n{exit_code_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -196,10 +202,13 @@ def _speaks_for_all() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _config_help() -> str:
-    """Return every key with its default and description, from the dataclasses themselves."""
+def _config_help(sections: Sequence[str] = ()) -> str:
+    """Return every key (of some sections) with its default and description, from the dataclasses themselves."""
     lines = ["configuration keys (--section.field=value; defaults shown, a shipped experiment sets its own):"]
-    for key in [*top_level_keys(), *(key for _, _, keys in section_keys() for key in keys)]:
+    keys = [*top_level_keys(), *(key for _, _, keys in section_keys() for key in keys)]
+    if sections:
+        keys = [key for key in keys if key.name.partition(".")[0] in sections]
+    for key in keys:
         choices = f" [{' | '.join(key.choices)}]" if key.choices else ""
         lines.append(f"  --{key.name}={key.default}{choices}\n      {key.meaning.replace('%', '%%')}")
     return "\n".join(lines)

@@ -247,6 +247,7 @@ def _explain(error: ValidationError) -> str:
     if len({e["type"] for e in error.errors() if e["loc"][:2] == first["loc"][:2]}) > 1:
         messages = dict.fromkeys(e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2])
         message = " or ".join(messages)
+    message = message.replace("a valid array", "a list, as in [a, b]").replace("an object", "a mapping, as in {a: 1}")
     return f"{key}: {value!r}: {one_line(Exception(message))}{more}"
 
 

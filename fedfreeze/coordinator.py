@@ -55,6 +55,7 @@ class Coordinator:
         self.peak_bytes = 0
         self.peak_sum_bytes = 0
         self.device_rounds = 0
+        self.small_batch_rounds = 0  # of these, by devices with fewer samples than a batch: their peaks are lower
 
     def _check_rounds(self) -> None:
         stages, rounds = len(self.costs.stages), self.config.train.rounds
@@ -104,12 +105,13 @@ class Coordinator:
         """Ask the selector, and hold a selector of the user's own to its promise. Raises ConfigError."""
         key, name, count = "select.name", self.config.select.name, self.config.train.participants
         with own_code(key, name):
-            devices = [int(device) for device in self.selector.select(self.round, candidates, count)]
+            chosen = self.selector.select(self.round, candidates, count)
+            devices = [] if chosen is None else [int(device) for device in chosen]
         different = set(devices)
         if not 1 <= len(devices) <= count or len(different) < len(devices) or not different <= set(candidates):
             raise ConfigError(
-                f"{key}: {name} returned {devices[:20]} in round {self.round}; it must return 1 to {count} different "
-                f"devices of the {len(candidates)} candidates"
+                f"{key}: {name} returned {devices[:20] or chosen} in round {self.round}; it must return 1 to {count} "
+                f"different devices of the {len(candidates)} candidates"
             )
         return devices
 
@@ -140,6 +142,7 @@ class Coordinator:
             self.trained.add(report.device)
             self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
             self.peak_sum_bytes += report.peak_bytes
+            self.small_batch_rounds += report.samples < self.config.train.batch_size
         self.device_rounds += len(completed)
         with own_code("pace.policy", self.policy):
             decision = self.pace.observe(StageRound(self.stage, self.stage_round, perturbation, train_loss(reports)))
@@ -189,6 +192,7 @@ class Coordinator:
             "peak_bytes": self.peak_bytes,
             "peak_sum_bytes": self.peak_sum_bytes,
             "device_rounds": self.device_rounds,
+            "small_batch_rounds": self.small_batch_rounds,
             "pace": _plain("pace.policy", self.policy, self.pace.state_dict),
             "selector": _plain("select.name", self.config.select.name, self.selector.state_dict),
         }
@@ -196,7 +200,7 @@ class Coordinator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
         plain = ("round", "stage", "stage_round", "ended", "bytes_total", "peak_bytes", "peak_sum_bytes")
-        for name in (*plain, "device_rounds"):
+        for name in (*plain, "device_rounds", "small_batch_rounds"):
             setattr(self, name, state[name])
         self.ran_out = set(state["ran_out"])
         self.trained = set(state["trained"])

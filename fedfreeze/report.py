@@ -76,6 +76,12 @@ class Reporter:
             f"({facts['device']}, backend {ranks.backend}), {config.train.participants} a round; "
             f"caps enforced by: {facts['cap_enforcement']}"
         )
+        too_few = sum(samples < 2 for samples in coordinator.samples)
+        if too_few:
+            self.notice(
+                f"{too_few} of {len(coordinator.fleet)} devices have no sample or one, too few to train with batch "
+                "normalisation; lower fleet.devices or raise data.alpha"
+            )
         here, cores = ranks.rank_hosts.count(ranks.rank_hosts[0]), len(os.sched_getaffinity(0))
         if ranks.device.type == "cpu" and here * config.train.threads_per_rank > cores:
             self.notice(
@@ -103,8 +109,12 @@ class Reporter:
 
     def round_end(self, record: dict[str, Any]) -> None:
         """Say how a round went."""
+        by_reason: dict[str, list[str]] = {}
         for device, reason in record["failed"].items():
-            self.say(f"round {record['round']}: device {device} left out: {reason}")
+            by_reason.setdefault(reason, []).append(device)
+        for reason, devices in by_reason.items():
+            named = f"device{'s' * (len(devices) > 1)} {', '.join(devices)}"
+            self.say(f"round {record['round']}: {named} left out: {reason}")
         if self.progress is None:
             self.say(round_line(record, self.num_stages))
             return
@@ -141,6 +151,11 @@ class Reporter:
                 f"memory: peak {summary['peak_memory_mib']:.2f} MiB, mean {summary['mean_memory_mib']:.2f} MiB, "
                 f"full model {summary['full_memory_mib']:.2f} MiB (cut {_percent(summary['memory_cut_peak'])} and "
                 f"{_percent(summary['memory_cut_mean'])})"
+            )
+        if summary["small_batch_share"] > 0:
+            self.notice(
+                f"{summary['small_batch_share']:.0%} of the measured peaks are of devices with fewer samples than a "
+                "batch, which need less; the full model's is predicted for a whole batch: the cuts are overstated"
             )
         self.say(
             f"devices: {summary['participation']:.0%} trained, {summary['inclusion']:.0%} could; "

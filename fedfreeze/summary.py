@@ -190,6 +190,7 @@ class History:
             "mean_memory_mib": mean_mib if measured else None,
             "memory_cut_peak": 1 - peak_mib / full_mib if measured else None,
             "memory_cut_mean": 1 - mean_mib / full_mib if measured else None,
+            "small_batch_share": coordinator.small_batch_rounds / max(1, coordinator.device_rounds),
             "participation": len(coordinator.trained) / len(fleet),
             "inclusion": len(could) / len(fleet),
             "trained_below_full_memory": len(coordinator.trained - hold_full),

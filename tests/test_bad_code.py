@@ -20,7 +20,7 @@ SPLITS = {
     "split: names no module": split("[conv1, layer7]", "no module 'layer7'", "blocks can begin at: conv1, layer1"),
     "split: the same twice": split("[layer1, layer1]", "'layer1' is named 2 times"),
     "split: one place twice": split("[layer2, layer2.0]", "begin at the same place; drop one"),
-    "split: not a list": split("layer1", "'layer1'", "valid array"),
+    "split: not a list": split("layer1", "'layer1'", "a list, as in [a, b]"),
     "split: a list of numbers": split("[1, 2]", "model.split: 1", "valid string"),
     "split: empty list": split("[]", "[]", "at least 1 item"),
     "split: inside a block": split("[conv1, layer1.0.conv2]", "no block can begin at 'layer1.0.conv2'"),
@@ -76,10 +76,13 @@ FACTORIES = {
         "parameter a.weight does not require gradients",
     ),
     "factory: takes no keywords": module(
-        "def make():\n    return 1\n", "mine:make raised TypeError", "unexpected keyword argument"
+        "def make():\n    return 1\n",
+        "mine:make: got an unexpected keyword argument",
+        "it is called with the keywords num_classes",
     ),
     "factory: unknown option": Bad(
-        ("model.factory: mine:tiny raised TypeError", "'depth'"), **own("", model={"options": {"depth": 3}})
+        ("model.factory: mine:tiny: got an unexpected keyword argument 'depth'", "model.options"),
+        **own("", model={"options": {"depth": 3}}),
     ),
     "factory: syntax error": module("def make(:\n    pass\n", "importing mine failed: SyntaxError", "(mine.py:"),
     "factory: import raises": module("raise ValueError('not today')\n", "importing mine failed: ValueError: not today"),
@@ -224,7 +227,7 @@ LATE = {
     "selector: duplicates": selector("return [candidates[0]] * 2", "returned [0, 0] in round 1"),
     "selector: too many": selector("return list(candidates)", "returned [0, 1, 2, 3] in round 1"),
     "selector: nothing": selector("return []", "returned [] in round 1"),
-    "selector: None": selector("return None", "raised TypeError"),
+    "selector: None": selector("return None", "returned None in round 1", "different devices of the"),
     "selector: text": selector("return 'all'", "raised ValueError"),
     "selector: raises in observe": selector(
         "return list(candidates)[:1]",

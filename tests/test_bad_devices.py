@@ -1,6 +1,7 @@
 """Devices that cannot learn and losses that are no number: logged, left out, and never in the weights."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def train(folder: Path, case: str, source: str, **sections: Any) -> tuple[Outcom
     note(case, "a device", outcome.code, f"left out: {'; '.join(reasons) or 'none'}")
     for record in rounds:
         for device, reason in record["failed"].items():
-            assert f"round {record['round']}: device {device} left out: {reason}" in outcome.out
+            lines = [line for line in outcome.out.splitlines() if line.startswith(f"round {record['round']}: device")]
+            named = [line for line in lines if line.endswith(f" left out: {reason}")]
+            assert device in re.findall(r"\d+", named[0].partition(": ")[2].partition(" left out")[0])
     return outcome, rounds
 
 

@@ -30,7 +30,7 @@ APPENDED = {
     "fedfreeze run digits --nproc 4": SHORT,
     "torchrun --nproc-per-node=4 -m fedfreeze run digits --run-dir runs/torchrun": SHORT,
     "fedfreeze run cifar10 --nproc 2 --data.path=FOLDER": FEW,
-    "fedfreeze run digits --name=fedavg --method.name=fedavg --fleet.enforce=false": SHORT,
+    "fedfreeze run digits --name=fedavg --method.name=fedavg --fleet.enforce=false --train.rounds=35": SHORT,
     "fedfreeze run digits-cut.yaml --name=digits-cut": SHORT,
     "fedfreeze run cifar10 --name=parquet --data.path=FOLDER": FEW,
     "fedfreeze run cifar10 --name=images --data.path=IMAGES --data.image_size=32": FEW,
