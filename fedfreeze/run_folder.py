@@ -54,8 +54,8 @@ class RunFolder:
             self._unmake()
 
     def _unmake(self) -> None:
-        with contextlib.suppress(OSError):  # not empty: a run has begun in it
-            for folder in self._made:
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # not empty: a run has begun in it; or it could not be made
                 folder.rmdir()
 
     def claim(self, config: Config) -> None:

@@ -370,6 +370,14 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     assert done.stderr == "fedfreeze: error: small.yaml cannot be read: Permission denied\n"
 
 
+@pytest.mark.parametrize(("key", "code"), [("data.cache_dir", 74), ("data.path", 65), ("name", 74)])
+def test_a_name_that_is_too_long_for_a_file(key: str, code: int, tmp_path: Path) -> None:
+    """Found by benchmarks/fuzz_configurations.py."""
+    outcome = attempt(tmp_path, "run", "digits", f"--{key}={'x' * 300}")
+    note("a name too long for a file", f"--{key}=xxx...", outcome.code, outcome.err[:160])
+    assert_refused(outcome, code, "x" * 100)
+
+
 def test_an_alias_bomb(tmp_path: Path) -> None:
     lines = ["fleet:", "  memory_cap_mib:", "  - &l0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"  - &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 10)]

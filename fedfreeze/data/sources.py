@@ -1,6 +1,7 @@
 """Where images come from: a registry of sources, each a stream of (image, label) for every split."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -74,8 +75,8 @@ def fingerprint_key(source: Source) -> str:
 def _local(config: DataConfig, path: str) -> Source:
     _refuse(config, ("subset", "revision"), f"data.path={path} is no data set of the hub")
     folder = Path(path)
-    if not folder.is_dir():
-        raise DataError(f"data.path {folder} is not a folder; give a folder of {FOLDER_FORMS}")
+    if not os.path.isdir(folder):  # not Path.is_dir, which raises for a name that is too long
+        raise DataError(f"data.path {path[:200]} is not a folder; give a folder of {FOLDER_FORMS}")
     if parquet_files(folder):
         return HuggingFace(config)
     source = ImageFolder(config)

@@ -69,9 +69,9 @@ def prepare(config: DataConfig) -> Path:
     """
     source = make_source(config)
     final = cache_folder(config) / f"v{VERSION}-{fingerprint_key(source)}"
-    if (final / "meta.json").is_file():
-        return final
     try:
+        if (final / "meta.json").is_file():
+            return final
         final.parent.mkdir(parents=True, exist_ok=True)
         lock_path = final.with_name(f"{final.name}.lock")
         descriptor = lock.take(lock_path, wait=True)
