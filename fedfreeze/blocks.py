@@ -20,9 +20,8 @@ from fedfreeze.plugins import load_own, own_code, told
 from fedfreeze.seeds import global_seed
 
 ImageShape = tuple[int, int, int]  # channels, height, width
-Shape = tuple[
-    int, ...
-]  # what a block puts out for one image: (channels, height, width), (tokens, features), (features,)
+# what a block puts out for one image: (channels, height, width), (tokens, features) or (features,)
+Shape = tuple[int, ...]
 
 _HEAD_TYPES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Dropout, nn.LayerNorm)
 _NAMES_SHOWN = 40

@@ -63,9 +63,14 @@ def propose(
 
 def proposal_of(config: Config, split: Sequence[str], image_shape: ImageShape, classes: int, fleet: Fleet) -> Proposal:
     """Measure one cut in full."""
-    costs = measure_costs(with_split(config, split), image_shape, classes)
+    return cut_as_it_is(with_split(config, split), image_shape, classes, fleet)
+
+
+def cut_as_it_is(config: Config, image_shape: ImageShape, classes: int, fleet: Fleet) -> Proposal:
+    """Measure the cut that a configuration has; its `split` is empty where that is the usual one."""
+    costs = measure_costs(config, image_shape, classes)
     peak = max(cost.memory_bytes for cost in costs.stages)
-    return Proposal(tuple(split), costs, len(fleet.eligible(peak)))
+    return Proposal(tuple(config.model.split or ()), costs, len(fleet.eligible(peak)))
 
 
 class _Search:

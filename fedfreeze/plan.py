@@ -11,7 +11,7 @@ from fedfreeze.cap import MIB
 from fedfreeze.config import Config
 from fedfreeze.config_file import dump_config, is_name
 from fedfreeze.cost import Costs, StageCost, measure_costs
-from fedfreeze.cut import Proposal, propose, with_split
+from fedfreeze.cut import Proposal, cut_as_it_is, propose, with_split
 from fedfreeze.data.partition import partition
 from fedfreeze.data.store import Data, open_store, prepare
 from fedfreeze.errors import ConfigError, storage_error
@@ -90,9 +90,7 @@ def _usual(config: Config, data: Data, fleet: Fleet) -> Proposal | None:
     """Return the cut that the configuration has now; None for a network of the user's own without one."""
     if config.model.factory is not None and config.model.split is None:
         return None
-    costs = measure_costs(config, data.image_shape, data.num_classes)
-    eligible = fleet.eligible(max(cost.memory_bytes for cost in costs.stages))
-    return Proposal(tuple(config.model.split or ()), costs, len(eligible))
+    return cut_as_it_is(config, data.image_shape, data.num_classes, fleet)
 
 
 def _line(proposal: Proposal, fleet: Fleet) -> str:

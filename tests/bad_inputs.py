@@ -134,6 +134,13 @@ def assert_refused(outcome: Outcome, code: int, *says: str) -> None:
     assert outcome.changed == []
 
 
+def check_refused(name: str, case: Bad, folder: Path) -> None:
+    """Run a case, keep its row, and see it refused."""
+    outcome = run_case(case, folder)
+    note(name, case.shown, outcome.code, outcome.err)
+    assert_refused(outcome, case.code, *case.says)
+
+
 def tree(folder: Path) -> dict[str, Any]:
     """Return what is in a folder, by relative name; an empty cache and Python's own caches do not count."""
     found: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_inputs import TINY, Bad, assert_refused, attempt, note, own, run_case
+from tests.bad_inputs import TINY, Bad, assert_refused, attempt, check_refused, note, own, run_case
 from tests.launching import ENVIRONMENT, write_config
 
 
@@ -278,10 +278,7 @@ BEFORE = SPLITS | FACTORIES | PLUGINS
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_refused_with_one_line_and_nothing_left(name: str, tmp_path: Path) -> None:
-    case = BEFORE[name]
-    outcome = run_case(case, tmp_path)
-    note(name, case.shown, outcome.code, outcome.err)
-    assert_refused(outcome, case.code, *case.says)
+    check_refused(name, BEFORE[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", LATE)

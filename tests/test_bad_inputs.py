@@ -13,7 +13,19 @@ from typing import Any
 
 import pytest
 
-from tests.bad_inputs import TINY, Bad, assert_refused, attempt, image_folder, note, own, parquet, png, run_case
+from tests.bad_inputs import (
+    TINY,
+    Bad,
+    assert_refused,
+    attempt,
+    check_refused,
+    image_folder,
+    note,
+    own,
+    parquet,
+    png,
+    run_case,
+)
 from tests.launching import ENVIRONMENT, write_config
 
 DATA = ("--data.path=data", "--data.cache_dir=cache")
@@ -328,10 +340,7 @@ BEFORE = CONFIGURATIONS | FLEETS | DATA_SETS
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_refused_with_one_line_and_nothing_left(name: str, tmp_path: Path) -> None:
-    case = BEFORE[name]
-    outcome = run_case(case, tmp_path)
-    note(name, case.shown, outcome.code, outcome.err)
-    assert_refused(outcome, case.code, *case.says)
+    check_refused(name, BEFORE[name], tmp_path)
 
 
 def test_the_smallest_cap_that_is_named_would_do(tmp_path: Path) -> None:
