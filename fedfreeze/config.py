@@ -291,10 +291,18 @@ class SelectConfig:
 class CommConfig:
     """How ranks talk."""
 
-    transport: Literal["torch"] = "torch"
-    """`torch`: torch.distributed (gloo on CPU and where ranks share a GPU, NCCL with a GPU a rank)."""
-    timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 600.0
-    """Seconds after which a collective that a rank does not join is given up (exit code 76)."""
+    transport: Literal["torch", "mpi"] = "torch"
+    """`torch`: torch.distributed (gloo on CPU and where ranks share a GPU, NCCL with a GPU a rank). `mpi`: mpi4py, under
+    mpirun or `srun --mpi=pmix`."""
+    timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 1800.0
+    """Seconds after which a collective that a rank does not join is given up (exit code 76), although it is alive: more
+    than the ranks of a round can lie apart."""
+    heartbeat_s: Annotated[float, Field(ge=1, le=1e5)] = 30.0
+    """Seconds without a sign of life after which a rank counts as lost (exit code 76); a slow rank goes on giving
+    them, and one that has died is noticed at once."""
+    cuda_aware_mpi: bool = False
+    """`transport=mpi` on GPUs: hand MPI the GPU's memory, which only an MPI built for that can take. False: updates
+    travel from the host."""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
@@ -315,6 +323,13 @@ class CheckpointConfig:
     """Rounds between two checkpoints; the end of a stage is always one."""
     keep: Annotated[int, Field(ge=2, le=10**6)] = 2
     """How many of the newest are kept (at least 2, in case the newest is torn)."""
+    grace_s: Annotated[float, Field(ge=0, le=1e6)] = 90.0
+    """Seconds between SIGUSR1 or SIGUSR2 and the end of the job: a round that cannot be done by then is dropped."""
+    term_grace_s: Annotated[float, Field(ge=0, le=1e6)] = 20.0
+    """Seconds between SIGTERM and SIGKILL, likewise."""
+    time_limit_s: PositiveFloat | None = None
+    """Seconds after which to save and leave (exit code 75), where no SLURM tells when the job ends; a round that cannot
+    be done by then is not begun; none: no limit."""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
@@ -331,6 +346,10 @@ class TrackConfig:
     """Group that ties several runs together, such as the seeds of one setting."""
     tags: list[str] = Field(default_factory=list)
     """Tags of the run."""
+    dir: str | None = None
+    """Folder in which wandb writes, such as a node's own disk; none: the run folder."""
+    artifact: bool = False
+    """Log the deployed network, model.safetensors, as an artifact at the end."""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
