@@ -15,7 +15,9 @@ import fedfreeze
 from fedfreeze.config import Config
 from fedfreeze.config_file import load_config, shipped_experiments
 from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line, out_of_memory
-from fedfreeze.launcher import detect_launch, interrupt_once, run_local_ranks
+from fedfreeze.launcher import check_job, detect_launch
+from fedfreeze.local_ranks import interrupt_once, run_local_ranks
+from fedfreeze.preempt import Preemption
 from fedfreeze.reference import section_keys, top_level_keys
 
 
@@ -59,19 +61,31 @@ def _with_config(command: Callable[[Config, argparse.Namespace], int]) -> Callab
 
 
 def _run(config: Config, options: argparse.Namespace) -> int:
-    launch = detect_launch(os.environ)
+    launch = detect_launch(os.environ, os.getppid())
     run_dir = Path(options.run_dir or Path("runs") / config.name)
-    if options.nproc > 1 and launch.launcher != "none":
-        raise ConfigError(f"--nproc {options.nproc} under {launch.launcher}, which starts the ranks itself; drop it")
+    nproc = options.nproc or 1
+    if nproc > 1 and launch.launcher != "none":
+        raise ConfigError(f"--nproc {nproc} under {launch.launcher}, which starts the ranks itself; drop it")
+    if nproc > 1 and config.comm.transport == "mpi":
+        raise ConfigError("--nproc starts ranks that MPI knows nothing of; use mpirun, or comm.transport=torch")
+    if launch.launcher == "none" and options.nproc is None:
+        check_job(os.environ)
+    preemption = Preemption(config.checkpoint, os.environ)
+    preemption.install()
+    try:
+        from fedfreeze.experiment import note_exit_code, run_rank  # here: a mistake is told without importing torch
 
-    from fedfreeze.experiment import note_exit_code, run_rank  # not before: a mistake is told without importing torch
-
-    signal.signal(signal.SIGINT, interrupt_once())
-    if options.nproc > 1:
-        code = run_local_ranks(options.nproc, lambda local: run_rank(config, run_dir, local))
-        note_exit_code(run_dir, code)
+        signal.signal(signal.SIGINT, interrupt_once())
+        if nproc > 1:
+            code = run_local_ranks(nproc, lambda local: run_rank(config, run_dir, local, preemption))
+            note_exit_code(run_dir, code)
+            return code
+        code = run_rank(config, run_dir, launch, preemption)
+        if code and launch.launcher != "none":
+            leave_at_once(code)
         return code
-    return run_rank(config, run_dir, launch)
+    finally:
+        preemption.uninstall()
 
 
 def _plan(config: Config, options: argparse.Namespace) -> int:
@@ -125,9 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     run = _add_command(commands, "run", _run, "train, or go on where the run folder's checkpoint is")
     run.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
-    run.add_argument(
-        "--nproc", type=_positive, default=1, metavar="N", help="start N ranks on this machine (default 1)"
-    )
+    run.add_argument("--nproc", type=_positive, metavar="N", help="start N ranks on this machine (default 1)")
     plan = _add_command(commands, "plan", _plan, "what each stage needs and which devices can join; nothing is trained")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.add_argument(
@@ -254,6 +266,13 @@ def _overrides(rest: Sequence[str]) -> list[str]:
     return found
 
 
+def leave_at_once(code: int) -> None:
+    """End this rank without the exit handlers of torch and MPI, which would wait for a collective that never ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _drop_output() -> None:
     """Have what is still buffered go nowhere, or the interpreter would complain of it at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -261,7 +280,11 @@ def _drop_output() -> None:
 
 def _speaks_for_all() -> bool:
     """Under a launcher every rank meets the same mistake; rank 0 tells it, once."""
-    return os.environ.get("RANK", "0") == "0"
+    try:
+        return detect_launch(os.environ, os.getppid()).rank == 0
+    except ConfigError:
+        names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+        return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _config_help(sections: Sequence[str] = ()) -> str:

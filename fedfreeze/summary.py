@@ -16,7 +16,7 @@ from fedfreeze.comm import Ranks
 from fedfreeze.config import Config
 from fedfreeze.coordinator import Coordinator, train_loss
 from fedfreeze.data.store import Data
-from fedfreeze.errors import ExitCode, FedfreezeError, one_line
+from fedfreeze.errors import ExitCode, FedfreezeError, PreemptedError, one_line
 from fedfreeze.launcher import Launch
 from fedfreeze.round import RoundResult
 from fedfreeze.run_folder import RunFolder
@@ -164,6 +164,8 @@ class History:
         status = "failed"
         if isinstance(error, KeyboardInterrupt):
             code, status = ExitCode.INTERRUPTED, "preempted"
+        elif isinstance(error, PreemptedError):
+            status = "preempted"
         self.tracker.failed(code)
         summary = self.folder.read_summary() or {}
         if summary.get("status") == "finished":
