@@ -1,4 +1,4 @@
-"""The command line: `fedfreeze run`, `plan`, `fetch` and `compare`."""
+"""The command line: `fedfreeze run`, `plan`, `doctor`, `fetch`, `compare` and `sync`."""
 
 import argparse
 import os
@@ -13,9 +13,9 @@ from typing import Any
 
 import fedfreeze
 from fedfreeze.config import Config
-from fedfreeze.config_file import load_config, shipped_experiments
+from fedfreeze.config_file import _apply_override, load_config, make_config, shipped_experiments
 from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line, out_of_memory
-from fedfreeze.launcher import check_job, detect_launch
+from fedfreeze.launcher import Launch, check_job, detect_launch
 from fedfreeze.local_ranks import interrupt_once, run_local_ranks
 from fedfreeze.preempt import Preemption
 from fedfreeze.reference import section_keys, top_level_keys
@@ -61,15 +61,8 @@ def _with_config(command: Callable[[Config, argparse.Namespace], int]) -> Callab
 
 
 def _run(config: Config, options: argparse.Namespace) -> int:
-    launch = detect_launch(os.environ, os.getppid())
+    launch, nproc = _launch(config, options.nproc)
     run_dir = Path(options.run_dir or Path("runs") / config.name)
-    nproc = options.nproc or 1
-    if nproc > 1 and launch.launcher != "none":
-        raise ConfigError(f"--nproc {nproc} under {launch.launcher}, which starts the ranks itself; drop it")
-    if nproc > 1 and config.comm.transport == "mpi":
-        raise ConfigError("--nproc starts ranks that MPI knows nothing of; use mpirun, or comm.transport=torch")
-    if launch.launcher == "none" and options.nproc is None:
-        check_job(os.environ)
     preemption = Preemption(config.checkpoint, os.environ)
     preemption.install()
     try:
@@ -86,6 +79,41 @@ def _run(config: Config, options: argparse.Namespace) -> int:
         return code
     finally:
         preemption.uninstall()
+
+
+def _launch(config: Config, nproc: int | None) -> tuple[Launch, int]:
+    """Return who this process is and how many ranks it shall start itself. Raises ConfigError where both start some."""
+    launch = detect_launch(os.environ, os.getppid())
+    if (nproc or 1) > 1 and launch.launcher != "none":
+        raise ConfigError(f"--nproc {nproc} under {launch.launcher}, which starts the ranks itself; drop it")
+    if (nproc or 1) > 1 and config.comm.transport == "mpi":
+        raise ConfigError("--nproc starts ranks that MPI knows nothing of; use mpirun, or comm.transport=torch")
+    if launch.launcher == "none" and nproc is None:
+        check_job(os.environ)
+    return launch, nproc or 1
+
+
+def _doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    overrides = _overrides(rest)
+    if options.config is not None:
+        config = load_config(options.config, overrides)
+    else:
+        values: dict[str, Any] = {}
+        for override in overrides:
+            _apply_override(values, override)
+        config = make_config(values)
+    launch, nproc = _launch(config, options.nproc)
+    from fedfreeze.doctor import Request, run_doctor
+
+    run_dir = Path(options.run_dir or Path("runs") / config.name)
+    request = Request(config, run_dir, options.config is not None, options.ranks, options.json)
+    signal.signal(signal.SIGINT, interrupt_once())
+    if nproc > 1:
+        return run_local_ranks(nproc, lambda local: run_doctor(request, local))
+    code = run_doctor(request, launch)
+    if code and launch.launcher != "none":
+        leave_at_once(code)
+    return code
 
 
 def _plan(config: Config, options: argparse.Namespace) -> int:
@@ -128,6 +156,25 @@ def _compare(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
+def _sync(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    unknown = next((item for item in rest if item.startswith("-")), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"sync has no option {unknown}; it takes run folders, --offline, --project, --entity, --force, --json"
+        )
+    from fedfreeze.sync import sync
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return sync(
+        [*options.runs, *rest],  # argparse leaves the folders that stand after an option
+        offline=options.offline,
+        project=options.project,
+        entity=options.entity,
+        force=options.force,
+        as_json=options.json,
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fedfreeze",
@@ -166,14 +213,16 @@ def _parser() -> argparse.ArgumentParser:
         "download and decode the data into data.cache_dir, for nodes without a network",
         sections=("data",),
     )
+    _add_doctor(commands)
     _add_compare(commands)
+    _add_sync(commands)
     return parser
 
 
 def _add_command(
-    commands: Any, name: str, function: Any, summary: str, sections: Sequence[str] = ()
+    commands: Any, name: str, function: Any, summary: str, sections: Sequence[str] = (), config: str | None = None
 ) -> argparse.ArgumentParser:
-    """Add a command that takes a configuration; its help shows the keys of `sections`, or all."""
+    """Add a command that takes a configuration, or with `config` "?" none; its help has the keys of `sections`."""
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
@@ -183,9 +232,22 @@ def _add_command(
         allow_abbrev=False,
     )
     shipped = ", ".join(shipped_experiments())
-    command.add_argument("config", metavar="CONFIG", help=f"a YAML file, or a shipped experiment: {shipped}")
+    command.add_argument(
+        "config", metavar="CONFIG", nargs=config, help=f"a YAML file, or a shipped experiment: {shipped}"
+    )
     command.set_defaults(command=_with_config(function))
     return command
+
+
+def _add_doctor(commands: Any) -> None:
+    """Add the command that takes a configuration or none."""
+    summary = "try out this machine or allocation in under a minute; start it as you start `run`"
+    doctor = _add_command(commands, "doctor", None, summary, ("train", "comm", "track"), config="?")
+    doctor.add_argument("--run-dir", metavar="DIR", help="run folder to try (default: runs/NAME)")
+    doctor.add_argument("--ranks", type=_positive, metavar="N", help="the ranks there should be; another number fails")
+    doctor.add_argument("--nproc", type=_positive, metavar="N", help="start N ranks on this machine (default 1)")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.set_defaults(command=_doctor)
 
 
 def _add_compare(commands: Any) -> None:
@@ -213,6 +275,28 @@ def _add_compare(commands: Any) -> None:
     style.add_argument("--markdown", dest="style", action="store_const", const="markdown", help="print a GitHub table")
     style.add_argument("--json", dest="style", action="store_const", const="json", help="print JSON, in plain units")
     compare.set_defaults(command=_compare, style="terminal")
+
+
+def _add_sync(commands: Any) -> None:
+    """Add the command that brings run folders to Weights & Biases."""
+    summary = "one continuous Weights & Biases run for each run folder, however often it was requeued"
+    sync = commands.add_parser(
+        "sync",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. Does nothing where nothing is new.",
+        epilog=exit_code_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sync.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, such as runs/digits")
+    sync.add_argument(
+        "--offline", action="store_true", help="write one offline run to RUN/wandb/sync, without key and network"
+    )
+    sync.add_argument("--project", metavar="P", help="project (default: track.project of the run)")
+    sync.add_argument("--entity", metavar="E", help="user or team (default: track.entity of the run)")
+    sync.add_argument("--force", action="store_true", help="also where there is nothing new")
+    sync.add_argument("--json", action="store_true", help="print what became of each run as JSON")
+    sync.set_defaults(command=_sync)
 
 
 class _Parser(argparse.ArgumentParser):

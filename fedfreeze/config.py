@@ -292,8 +292,8 @@ class CommConfig:
     """How ranks talk."""
 
     transport: Literal["torch", "mpi"] = "torch"
-    """`torch`: torch.distributed (gloo on CPU and where ranks share a GPU, NCCL with a GPU a rank). `mpi`: mpi4py, under
-    mpirun or `srun --mpi=pmix`."""
+    """`torch`: torch.distributed (gloo on CPU and where ranks share a GPU, NCCL with a GPU a rank). `mpi`: mpi4py,
+    under mpirun or `srun --mpi=pmix`."""
     timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 1800.0
     """Seconds after which a collective that a rank does not join is given up (exit code 76), although it is alive: more
     than the ranks of a round can lie apart."""

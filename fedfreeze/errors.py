@@ -84,6 +84,12 @@ class RankLostError(FedfreezeError):
     exit_code = ExitCode.RANK_LOST
 
 
+class PreemptedError(FedfreezeError):
+    """The run was told to leave before its end, by a signal, the job's end or a file; its checkpoint stands."""
+
+    exit_code = ExitCode.RUN_AGAIN
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of `error` on one line; its type's name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -91,7 +97,7 @@ def one_line(error: BaseException) -> str:
 
 def error_of(exit_code: int, message: str) -> FedfreezeError:
     """Rebuild an error that another rank reported, from its exit code and message."""
-    for kind in (ConfigError, DataError, UnavailableError, StorageError, RankLostError):
+    for kind in (ConfigError, DataError, UnavailableError, StorageError, RankLostError, PreemptedError):
         if kind.exit_code == exit_code:
             return kind(message)
     return FedfreezeError(message)

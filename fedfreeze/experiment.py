@@ -1,7 +1,5 @@
 """The program of one rank: set up, resume, rounds, stage changes, end."""
 
-import contextlib
-import ctypes
 import hashlib
 import json
 import signal
@@ -18,20 +16,29 @@ from fedfreeze.aggregate import device_weight
 from fedfreeze.blocks import build_network
 from fedfreeze.cap import MIB
 from fedfreeze.checkpoint import Checkpoint, CheckpointStore, weight_bytes
-from fedfreeze.comm import Ranks
-from fedfreeze.compute import device_kind
+from fedfreeze.comm import Ranks, launch_by_mpi
+from fedfreeze.compute import choose_device, keep_freed_memory
 from fedfreeze.config import Config
 from fedfreeze.coordinator import Coordinator
 from fedfreeze.cost import fit_method, measure_costs
 from fedfreeze.data.partition import partition_of
 from fedfreeze.data.store import Data, open_store, prepare
-from fedfreeze.errors import ConfigError, DataError, ExitCode, FedfreezeError, out_of_memory
+from fedfreeze.errors import (
+    ConfigError,
+    DataError,
+    ExitCode,
+    FedfreezeError,
+    PreemptedError,
+    RankLostError,
+    out_of_memory,
+)
 from fedfreeze.fleet import Fleet, make_fleet
 from fedfreeze.launcher import Launch
 from fedfreeze.methods import Method, make_method, method_class
 from fedfreeze.pace import PerturbationWindow
 from fedfreeze.partition_summary import summarise
 from fedfreeze.plugins import own_code, own_frame
+from fedfreeze.preempt import Preemption
 from fedfreeze.report import Reporter
 from fedfreeze.round import RoundResult, run_round
 from fedfreeze.run_folder import RunFolder
@@ -39,14 +46,34 @@ from fedfreeze.summary import History
 from fedfreeze.train import Emulator
 
 
-def run_rank(config: Config, run_dir: Path, launch: Launch) -> int:
+def run_rank(config: Config, run_dir: Path, launch: Launch, preemption: Preemption) -> int:
     """Collective: every rank must call this. Run an experiment to the end and return the exit code.
 
-    Errors are told once, by rank 0.
+    Errors are told once, by rank 0; its own loss by all others.
     """
     reporter = Reporter(quiet=launch.rank != 0)
+    session = Session(config, run_dir, preemption, reporter)
+    code = int(ExitCode.INTERNAL)
     try:
-        return _run(config, run_dir, launch, reporter)
+        code = _told(session, config, launch, reporter)
+    finally:
+        session.leave(code)
+    return code
+
+
+def _told(session: "Session", config: Config, launch: Launch, reporter: Reporter) -> int:
+    """Collective: every rank must call this. Run, and turn whatever ends the run into words and an exit code."""
+    try:
+        return session.run(launch)
+    except PreemptedError as error:
+        reporter.notice(f"{error}: left; the last checkpoint stands, run again to go on")
+        return error.exit_code
+    except RankLostError as error:
+        root_lost = session.ranks is not None and session.ranks.lifeline.root_lost
+        if root_lost and launch.launcher != "nproc":  # whose parent tells it
+            reporter.quiet = False
+        reporter.error(error)
+        return error.exit_code
     except FedfreezeError as error:
         reporter.error(error)
         return error.exit_code
@@ -66,69 +93,66 @@ def run_rank(config: Config, run_dir: Path, launch: Launch) -> int:
         reporter.close()
 
 
-def _run(config: Config, run_dir: Path, launch: Launch, reporter: Reporter) -> int:
-    """Collective: every rank must call this. Set up, train, and leave the group and the folder in order."""
-    # set before anything computes: the bits depend on it, and launchers set it to all sorts of values
-    torch.set_num_threads(config.train.threads_per_rank)
-    device = choose_device(config, launch)
-    keep_freed_memory()
-    ranks = Ranks(launch, device, config.comm.timeout_s)
-    folder = RunFolder(run_dir)
-    history = None
-    try:
-        if ranks.decide(lambda: _open_folder(folder, config, reporter)):
-            return ExitCode.DONE
-        history = History(config, folder, launch, ranks) if ranks.is_root else None
-        ranks.decide(lambda: history.track(reporter.notice) if history else None)
-        code = Experiment(config, folder, ranks, device, reporter, history).run()
-        ranks.close()
-        return code
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the way out
-        if history is not None and history.begun:
-            history.failed(error)
-        raise
-    finally:
-        folder.close()
+class Session:
+    """What a rank holds from its first collective to its last breath, whatever comes between."""
+
+    def __init__(self, config: Config, run_dir: Path, preemption: Preemption, reporter: Reporter):
+        self.config = config
+        self.folder = RunFolder(run_dir)
+        self.preemption = preemption
+        self.reporter = reporter
+        self.ranks: Ranks | None = None
+
+    def run(self, launch: Launch) -> int:
+        """Collective: every rank must call this. Set up, train, and leave the group and the folder in order."""
+        config, folder, reporter, preemption = self.config, self.folder, self.reporter, self.preemption
+        # set before anything computes: the bits depend on it, and launchers set it to all sorts of values
+        torch.set_num_threads(config.train.threads_per_rank)
+        if config.comm.transport == "mpi":
+            launch = launch_by_mpi(launch)
+            reporter.quiet = launch.rank != 0
+        device = choose_device(config.train.device, launch.local_rank)
+        keep_freed_memory()
+        is_root = launch.rank == 0
+        self.ranks = ranks = Ranks(
+            launch, device, config.comm, poll=lambda: preemption.message(root=is_root), hear_wish=preemption.hear
+        )
+        history = None
+        try:
+            if ranks.decide(lambda: _open_folder(folder, config, reporter)):
+                return ExitCode.DONE
+            history = History(config, folder, launch, ranks) if is_root else None
+            ranks.decide(lambda: history.track(reporter.notice) if history else None)
+            code = Experiment(config, folder, ranks, device, reporter, history, preemption).run()
+            ranks.close()
+            return code
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the way out
+            if history is not None and history.begun:
+                history.failed(error)
+            raise
+        finally:
+            folder.close()
+
+    def leave(self, code: int) -> None:
+        """Tell the other ranks how this one leaves; where rank 0 was lost, rank 1 keeps its books."""
+        if self.ranks is not None:
+            self.ranks.leave(code)
+            if self.ranks.rank == 1 and self.ranks.lifeline.root_lost:
+                note_exit_code(self.folder.path, ExitCode.RANK_LOST, self.ranks.lifeline.lost)
 
 
-def note_exit_code(run_dir: Path, code: int) -> None:
+def note_exit_code(run_dir: Path, code: int, error: str | None = None) -> None:
     """Have summary.json say how the ranks ended, where rank 0 could not, or knew only that another was gone."""
     folder = RunFolder(run_dir)
     summary = folder.read_summary()
     if summary is None:
         return
     if summary.get("status") == "running" and code == ExitCode.RANK_LOST:
-        folder.write_summary(summary | {"status": "failed", "exit_code": int(code)})
+        folder.write_summary(summary | {"status": "failed", "exit_code": int(code), "error": error})
     elif summary.get("exit_code") == ExitCode.RANK_LOST and code == ExitCode.INTERNAL:
         folder.write_summary(summary | {"exit_code": int(code)})
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what torch frees on the CPU, for the next step to use.
-
-    By default each step gives its activations back to the kernel and gets them again page by page: 2,500 page faults a
-    step of ResNet-10 (width 16, batch 32), an eighth of the system's time. The process then stays as large as its peak.
-    """
-    mmap_max, trim_threshold, top_pad = -4, -1, -2
-    with contextlib.suppress(OSError, AttributeError):  # another C library: only slower
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(top_pad, 64 * 2**20)
-
-
-def choose_device(config: Config, launch: Launch) -> torch.device:
-    """Return where this rank computes. Raises UnavailableError if CUDA is asked for and missing."""
-    if device_kind(config.train.device) == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    # a peak must not depend on which algorithm was timed fastest, nor a result on atomics
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    return device
 
 
 def _open_folder(folder: RunFolder, config: Config, reporter: Reporter) -> bool:
@@ -153,6 +177,7 @@ class Experiment:
         device: torch.device,
         reporter: Reporter,
         history: History | None,
+        preemption: Preemption,
     ):
         """Collective: every rank must call this. Prepare data, devices, network and, on rank 0, the coordinator."""
         self.config = config
@@ -160,6 +185,7 @@ class Experiment:
         self.ranks = ranks
         self.reporter = reporter
         self.history = history
+        self.preemption = preemption
         self.coordinator: Coordinator | None = None
         self.store = ranks.together(lambda: prepare(config.data))
         self.data: Data = ranks.together(lambda: open_store(self.store))
@@ -169,7 +195,7 @@ class Experiment:
         # before the network is built: what no device can hold may not fit this machine either
         ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
         self.method = ranks.together(self._build)
-        self.emulator = Emulator(config, self.data, parts, self.method, device)
+        self.emulator = Emulator(config, self.data, parts, self.method, device, self._check)
         self.window = PerturbationWindow(config.pace.window)
         self.checkpoints = CheckpointStore(folder.path / "checkpoints", config.checkpoint.keep, reporter.notice)
 
@@ -199,13 +225,18 @@ class Experiment:
     def run(self) -> int:
         """Collective: every rank must call this. Train to the end and return the exit code."""
         stage, ended = self._resume()
+        self.preemption.arm(root=self.ranks.is_root, stop_file=self.folder.stop_path)
         if not ended:
             self.emulator.enter_stage(stage)
+        told: dict[str, Any] = self.ranks.decide(self._between_rounds)
         while not ended:
+            if told["stop"] is not None:
+                raise PreemptedError(told["stop"])
             started = time.monotonic()
+            self.preemption.round_begins()
             result = run_round(self.ranks, self.coordinator, self.window, self.emulator)
             # rank 0 writes; if it cannot, every rank leaves with the same error
-            self.ranks.decide(partial(self._record, result, started))
+            told = self.ranks.decide(partial(self._record, result, started))
             verdict = result.verdict
             if verdict.end_stage is not None:
                 self.emulator.leave_stage()
@@ -215,7 +246,7 @@ class Experiment:
                         self.method.begin_stage(stage)
                     self.window.clear()
                     self.emulator.enter_stage(stage)
-            if verdict.checkpoint:
+            if verdict.checkpoint or told["save"] or told["stop"] is not None:
                 self.ranks.decide(self._checkpoint)
             ended = verdict.stop
         self.ranks.decide(lambda: self._finish(stage))
@@ -242,6 +273,8 @@ class Experiment:
         found = self.checkpoints.load_newest(self._restore)
         if found is not None and self.folder.metrics_bytes() < found.state["metrics_bytes"]:
             self.reporter.notice(f"{self.folder.metrics_path} is shorter than it was: lines are missing in it")
+        if self.folder.forget_stop():
+            self.reporter.notice(f"removed {self.folder.stop_path}, which ended the run before")
         self.folder.cut_metrics(found.state["metrics_bytes"] if found else 0)
         self.history.run_start(self.coordinator)
         self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
@@ -277,7 +310,18 @@ class Experiment:
             figures.append(each.tolist())
         return {"data": self.store.name, "fleet": hashlib.sha256(json.dumps(figures).encode()).hexdigest()}
 
-    def _record(self, result: RoundResult, started: float) -> None:
+    def _check(self) -> None:
+        """Raise why the round in progress must not go on: a rank was lost, or there is no time for the rest."""
+        self.ranks.check()
+        reason = self.preemption.reason_to_drop() if self.ranks.is_root else None
+        if reason is not None:
+            raise PreemptedError(reason)
+
+    def _between_rounds(self) -> dict[str, Any]:
+        """On rank 0 alone: whether the run shall leave or save now, for all ranks."""
+        return {"stop": self.preemption.reason_to_stop(), "save": self.folder.asked_to_save()}
+
+    def _record(self, result: RoundResult, started: float) -> dict[str, Any]:
         assert self.coordinator is not None
         assert self.history is not None
         wall_s = time.monotonic() - started
@@ -288,6 +332,8 @@ class Experiment:
             self.reporter.stage_end(stage_record)
             if not result.verdict.stop:
                 self.coordinator.advance()
+        self.preemption.round_ends()
+        return self._between_rounds()
 
     def _checkpoint(self) -> None:
         assert self.coordinator is not None

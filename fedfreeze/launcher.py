@@ -1,165 +1,177 @@
-"""Which launcher started this process, and who it is among the ranks; `--nproc N` starts local ranks itself."""
+"""Which launcher started this process, and who it is among the ranks."""
 
-import ctypes
-import os
-import signal
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
+import re
+import subprocess
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from fedfreeze.errors import ConfigError, ExitCode
+from fedfreeze.errors import ConfigError
 
-# How long surviving local ranks may take to notice a dead one and leave by themselves.
-_GRACE_S = 10.0
+# Steps of SLURM that are no steps of the user's: the batch script, an interactive shell, and the like.
+_FIRST_SPECIAL_STEP = 4_294_967_280
 
-_SAME_INTERRUPT_S = 2.0
+_FIRST_PORT, _PORTS = 20_000, 20_000
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Who this process is among the ranks."""
+    """Who this process is among the ranks, and where they meet."""
 
     launcher: str
-    """none | nproc | torchrun."""
+    """none | nproc | torchrun | srun | mpirun."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    init_method: str = "env://"
-    """How torch.distributed finds the other ranks."""
+    master_address: str | None = None
+    """Address of rank 0's host; none: not known, or this host."""
+    master_port: int | None = None
+    attempt: int = 0
+    """How often torchrun has started its workers again."""
+    store_served: bool = False
+    """Whether the launcher itself serves the store where the ranks meet (torchrun's agent)."""
+    store_file: str | None = None
+    """A file where they meet instead (nproc)."""
 
 
-def detect_launch(environment: Mapping[str, str]) -> Launch:
-    """Read who this process is from what its launcher set. Raises ConfigError where that cannot be right."""
+def detect_launch(environment: Mapping[str, str], parent: int = 0) -> Launch:
+    """Read who this process is from what its launcher set. Raises ConfigError where that cannot be right.
+
+    `parent` is the number of the parent process. MASTER_ADDR and MASTER_PORT, where the user has set them, say where
+    the ranks meet.
+    """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        launch = Launch(
-            "torchrun",
-            rank=_number(environment, "RANK"),
-            world_size=_number(environment, "WORLD_SIZE"),
-            local_rank=_number(environment, "LOCAL_RANK"),
-            local_world_size=_number(environment, "LOCAL_WORLD_SIZE"),
-        )
-        if not (0 <= launch.rank < launch.world_size and 0 <= launch.local_rank < launch.local_world_size):
-            raise ConfigError(
-                f"RANK is {launch.rank} of WORLD_SIZE {launch.world_size}, LOCAL_RANK {launch.local_rank} of "
-                f"LOCAL_WORLD_SIZE {launch.local_world_size}, which cannot be; start the ranks with torchrun or --nproc"
-            )
-        return launch
-    tasks = environment.get("SLURM_NTASKS", "1")
-    if "SLURM_STEP_ID" in environment and tasks.isdigit() and int(tasks) > 1:
-        raise ConfigError(
-            f"srun started {tasks} tasks that would not know of each other; start one task a node and torchrun in it"
-        )
+        return _by_torchrun(environment)
+    if "OMPI_COMM_WORLD_RANK" in environment:
+        names = tuple(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+        launch = _numbered(environment, "mpirun", names)
+        return _placed(launch, environment, environment.get("PMIX_NAMESPACE", environment.get("PMIX_ID", "")))
+    if "PMI_RANK" in environment and "MPI_LOCALRANKID" in environment:  # Hydra: MPICH, Intel MPI
+        names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+        return _placed(_numbered(environment, "mpirun", names), environment, str(parent))  # its daemon on this host
+    if _in_step(environment):
+        return _by_srun(environment)
     return Launch("none")
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environment[name])
-    except (KeyError, ValueError):
+def check_job(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError for a process that stands alone in a SLURM job of several tasks: srun was forgotten."""
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if "SLURM_JOB_ID" in environment and tasks.isdigit() and int(tasks) > 1:
         raise ConfigError(
-            f"RANK is set but {name} is {environment.get(name)!r}; start the ranks with torchrun or --nproc"
-        ) from None
-
-
-def interrupt_once() -> Callable[[int, object], None]:
-    """Return a handler that raises KeyboardInterrupt and takes Ctrl-Cs of the next two seconds for the same one.
-
-    A terminal tells all processes of its foreground, and a parent its ranks: the second word must not break into the
-    clean-up after the first.
-    """
-    last: list[float] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        now = time.monotonic()
-        if not last or now - last[-1] > _SAME_INTERRUPT_S:
-            last.append(now)
-            raise KeyboardInterrupt
-
-    return interrupt
-
-
-def run_local_ranks(world_size: int, rank_main: Callable[[Launch], int]) -> int:
-    """Start `world_size` ranks on this machine, wait for them, and return the exit code of the first that failed.
-
-    Ranks are forked from this process, which has imported torch already but started no thread and no CUDA context; so
-    their start costs milliseconds instead of an import each. They die with their parent, however it dies.
-    """
-    with tempfile.TemporaryDirectory(prefix="fedfreeze-") as folder:
-        init_method = f"file://{folder}/store"
-        fork = get_context("fork")
-        parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        ranks: list[BaseProcess] = []
-        # a Ctrl-C waits until the ranks stand where they can take it
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for rank in range(world_size):
-            launch = Launch("nproc", rank, world_size, rank, world_size, init_method)
-            process = fork.Process(target=_local_rank, args=(launch, rank_main, parent, before), name=f"rank{rank}")
-            process.start()
-            ranks.append(process)
-        return _wait(ranks, before)
-
-
-def _local_rank(launch: Launch, rank_main: Callable[[Launch], int], parent: int, unblocked: set[int]) -> None:
-    die_with_parent(parent)
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        code = rank_main(launch)
-    except KeyboardInterrupt:
-        code = ExitCode.INTERRUPTED
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # not through the parent's exit handlers, which are not this process's to run
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies (Linux), so that no rank outlives its launcher."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request was made
-        os._exit(ExitCode.RANK_LOST)
-
-
-def _wait(ranks: list[BaseProcess], unblocked: set[int]) -> int:
-    deadline = None
-    interrupted = killed_by_us = False
-    masked = True
-    while any(rank.is_alive() for rank in ranks):
-        try:
-            if masked:
-                masked = False
-                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-            for rank in ranks:
-                rank.join(timeout=0.02)
-        except KeyboardInterrupt:
-            interrupted = True  # a terminal has told the ranks too; `kill -INT` of this process alone has not
-            deadline = deadline or time.monotonic() + _GRACE_S
-            for rank in ranks:
-                if rank.is_alive() and rank.pid is not None:
-                    os.kill(rank.pid, signal.SIGINT)
-        failed = [rank.exitcode for rank in ranks if rank.exitcode]
-        if failed and deadline is None:
-            deadline = time.monotonic() + _GRACE_S
-        if deadline is not None and time.monotonic() > deadline:
-            killed_by_us = killed_by_us or not failed or any(code > 0 for code in failed)
-            for rank in ranks:
-                rank.kill()
-    failed = [rank.exitcode for rank in ranks if rank.exitcode]
-    if interrupted and failed:
-        return ExitCode.INTERRUPTED
-    if not killed_by_us and (ranks[0].exitcode or 0) < 0:  # rank 0 tells of every other loss, but not of its own
-        print(
-            f"fedfreeze: error: rank 0 was ended by signal {-(ranks[0].exitcode or 0)} (out of memory, if you did not "
-            "send it); run again to go on from the last checkpoint",
-            file=sys.stderr,
+            f"this SLURM job has {tasks} tasks, but fedfreeze was started once; use `srun fedfreeze run ...`, or "
+            "--nproc N for N ranks on this node"
         )
-    # a rank that was killed, or the one whose error made the others lose it, says more than those who lost it
-    told = [exitcode for exitcode in failed if exitcode != ExitCode.RANK_LOST]
-    code = (told or failed or [0])[0]
-    return ExitCode.RANK_LOST if code < 0 else code
+
+
+def _by_torchrun(environment: Mapping[str, str]) -> Launch:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    launch = _numbered(environment, "torchrun", names)
+    agents = environment.get("GROUP_WORLD_SIZE", "")
+    around = {"srun": "SLURM_STEP_NUM_TASKS"} if _in_step(environment) else {"mpirun": "OMPI_COMM_WORLD_SIZE"}
+    for outer, name in around.items():
+        started = environment.get(name, "1")
+        if agents.isdigit() and started.isdigit() and int(started) != int(agents):
+            raise ConfigError(
+                f"{outer} started {started} tasks, but torchrun's group has {agents} agent(s); start "
+                f"one torchrun a node and give all of them --nnodes={started} and one --rdzv-endpoint, or let {outer} "
+                "start fedfreeze itself"
+            )
+    launch = _placed(launch, environment, "")
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return replace(
+        launch,
+        attempt=int(restarts) if restarts.isdigit() else 0,
+        store_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _by_srun(environment: Mapping[str, str]) -> Launch:
+    counts = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
+    here = {"tasks on this node": str(_tasks_of_node(counts, environment.get("SLURM_NODEID", "")))}
+    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "tasks on this node")
+    return _placed(_numbered({**environment, **here}, "srun", names), environment, "")
+
+
+def _in_step(environment: Mapping[str, str]) -> bool:
+    step = environment.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def _numbered(environment: Mapping[str, str], launcher: str, names: tuple[str, ...]) -> Launch:
+    numbers = []
+    for name in names:
+        text = environment.get(name, "")
+        if not text.isdecimal():
+            raise ConfigError(
+                f"{launcher} set {names[0]}={environment.get(names[0])!r}, but {name} is {environment.get(name)!r}; "
+                "start the ranks with torchrun, srun, mpirun or --nproc"
+            )
+        numbers.append(int(text))
+    rank, world_size, local_rank, local_world_size = numbers
+    if not (rank < world_size and local_rank < local_world_size <= world_size):
+        raise ConfigError(
+            f"{names[0]} is {rank} of {names[1]} {world_size}, {names[2]} {local_rank} of {names[3]} "
+            f"{local_world_size}, which cannot be; start the ranks with torchrun, srun, mpirun or --nproc"
+        )
+    return Launch(launcher, rank, world_size, local_rank, local_world_size)
+
+
+def _placed(launch: Launch, environment: Mapping[str, str], job: str) -> Launch:
+    """Add where the ranks meet: what the user or torchrun says, else the first node of the SLURM step, else here."""
+    address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "")
+    if port and not (port.isdecimal() and 0 < int(port) < 65_536):
+        raise ConfigError(f"MASTER_PORT is {port!r}; it must be a port, 1 to 65535")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if launch.launcher == "mpirun":  # the step that holds it, if any, is that of its own daemons
+        nodes = environment.get("SLURM_JOB_NODELIST")
+    if not address and launch.local_world_size < launch.world_size and nodes:
+        address = node_address(first_node(nodes))
+    return replace(launch, master_address=address, master_port=int(port) if port else job_port(environment, job))
+
+
+def need_address(launch: Launch) -> None:
+    """Raise ConfigError where ranks on several hosts do not know where to meet, which MPI knows by itself."""
+    if launch.local_world_size < launch.world_size and launch.master_address is None:
+        raise ConfigError(
+            f"{launch.launcher} started {launch.world_size} ranks on several hosts, and none knows where rank 0 is; "
+            "set MASTER_ADDR to its host (mpirun -x MASTER_ADDR=...), or use comm.transport=mpi"
+        )
+
+
+def job_port(environment: Mapping[str, str], job: str) -> int:
+    """Return a port that the ranks of a job agree on and others hardly have: from the job's number, the same on all."""
+    number, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "0")
+    if number.isdecimal() and step.isdecimal():
+        return _FIRST_PORT + (int(number) * 31 + int(step) + zlib.crc32(job.encode())) % _PORTS
+    return _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
+
+
+def node_address(name: str) -> str:
+    """Return SLURM's address of a node; its name where SLURM's commands are missing, as in containers."""
+    try:
+        found = subprocess.run(["scontrol", "-o", "show", "node", name], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return name
+    address = re.search(r"\bNodeAddr=(\S+)", found.stdout)
+    return address[1] if address else name
+
+
+def first_node(nodes: str) -> str:
+    """Return the first name of a node list such as `n[08-11,20],login1`."""
+    first = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\])?([^,]*)", nodes.strip())
+    if first is None:
+        raise ConfigError(f"SLURM's node list is {nodes!r}, which names no node; set MASTER_ADDR to rank 0's host")
+    return first[1] + (first[2] or "") + first[3]
+
+
+def _tasks_of_node(counts: str, node: str) -> int | None:
+    """Return how many tasks a node has, by SLURM's `2(x3),1`."""
+    tasks: list[int] = []
+    for part in counts.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            return None
+        tasks += [int(found[1])] * int(found[2] or 1)
+    return tasks[int(node)] if node.isdecimal() and int(node) < len(tasks) else None

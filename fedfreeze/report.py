@@ -95,7 +95,8 @@ class Reporter:
                 self.notice(
                     f"stage {stage + 1}: only {len(eligible)} devices can hold it, fewer than train.participants"
                 )
-        if self.console.is_terminal and not self.quiet:
+        # mpirun gives every rank a terminal of its own, also where its output goes to a file
+        if self.console.is_terminal and not self.quiet and facts["launcher"] != "mpirun":
             self.progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

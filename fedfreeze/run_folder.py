@@ -21,6 +21,8 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.summary_path = path / "summary.json"
         self.model_path = path / "model.safetensors"
+        self.stop_path = path / "stop"
+        self._save_path = path / "save"
         self._lock_path = path / "lock"
         self._descriptor: int | None = None
         self._made: list[Path] = []
@@ -158,6 +160,20 @@ class RunFolder:
                 os.truncate(self.metrics_path, min(length, self.metrics_bytes()))
         except OSError as error:
             raise storage_error("cut", self.metrics_path, error) from None
+
+    def asked_to_save(self) -> bool:
+        """Return whether someone has put the file `save` here, and take it away."""
+        with contextlib.suppress(OSError):
+            self._save_path.unlink()
+            return True
+        return False
+
+    def forget_stop(self) -> bool:
+        """Take away the file `stop` that ended the run before; return whether there was one."""
+        with contextlib.suppress(OSError):
+            self.stop_path.unlink()
+            return True
+        return False
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return summary.json; None if there is none or it is not whole."""

@@ -20,7 +20,7 @@ from fedfreeze.errors import ExitCode, FedfreezeError, PreemptedError, one_line
 from fedfreeze.launcher import Launch
 from fedfreeze.round import RoundResult
 from fedfreeze.run_folder import RunFolder
-from fedfreeze.track import Tracker, make_tracker
+from fedfreeze.track import Tracker, make_tracker, public_facts
 
 
 class History:
@@ -67,6 +67,7 @@ class History:
     def run_start(self, coordinator: Coordinator) -> None:
         """Note that a run starts or goes on."""
         self.begun = True
+        self.facts["wandb_id"] = self.tracker.choose_id()
         self.folder.append_metrics(
             {
                 "kind": "run_start",
@@ -76,8 +77,7 @@ class History:
             }
         )
         self.folder.write_summary(self._summary(coordinator, "running", None))
-        public = {name: value for name, value in self.facts.items() if name != "hosts"}
-        self.tracker.start(public, coordinator.round)
+        self.tracker.start(public_facts(self.facts), coordinator.round)
 
     def round_end(self, coordinator: Coordinator, result: RoundResult, wall_s: float) -> dict[str, Any]:
         """Note a round and return its record."""

@@ -4,19 +4,26 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
+import re
 import secrets
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
 from fedfreeze.config import Config
 from fedfreeze.config_file import config_values
 from fedfreeze.errors import UnavailableError, one_line
+from fedfreeze.quiet_wandb import (
+    bounded,
+    check_writable,
+    end_services,
+    no_terminal,
+    quiet_environment,
+    quiet_settings,
+    tear_down,
+)
 
 T = TypeVar("T")
 
@@ -24,6 +31,9 @@ T = TypeVar("T")
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 60.0
+
+# What `fedfreeze sync` waits for uploads: nobody but its user waits with it.
+PATIENT_FINISH_TIMEOUT_S = 600.0
 
 # wandb cuts a table at 10,000 rows; a longer one is logged in parts, under the same name.
 TABLE_ROWS = 10_000
@@ -34,36 +44,36 @@ DEVICE_COLUMNS = ("round", "device", *PER_DEVICE)
 
 _LEVELS = {"off": 0, "disabled": 0, "offline": 1, "dryrun": 1, "online": 2, "run": 2, "shared": 2}
 _MODES = ("off", "offline", "online")
-
-# All that wandb would collect by itself. Older versions lack some of these, and spell `x_` as `_`.
-_SETTINGS = {
-    "silent": True,
-    "console": "off",
-    "host": "",
-    "save_code": False,
-    "disable_code": True,
-    "disable_git": True,
-    "disable_job_creation": True,
-    "x_disable_meta": True,
-    "x_disable_stats": True,
-    "x_disable_machine_info": True,
-    "x_save_requirements": False,
-    "x_transaction_log_flush_interval": 1.0,  # 15 s by default, and as much would be lost with a killed process
-}
+_NOT_FACTS = ("kind", "name", "round", "hosts", "wandb_id")
 
 
 class Tracker:
     """Rank 0's line to Weights & Biases; with `mode` off, and after a failure, it does nothing.
 
     metrics.jsonl stays the truth: a resumed run is logged anew from it, so that every offline folder is whole.
+
+    A `strict` one raises UnavailableError for what fails, and does not fall back from online to offline: that of
+    `fedfreeze sync`, which writes to a `folder` of its own.
     """
 
-    def __init__(self, config: Config, run_dir: Path, mode: str, notice: Callable[[str], None]):
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        mode: str,
+        notice: Callable[[str], None],
+        *,
+        folder: Path | None = None,
+        strict: bool = False,
+    ):
         self.config = config
         self.run_dir = run_dir.absolute()
+        self.folder = Path(folder or config.track.dir or run_dir).absolute()
         self.mode = mode
         self.notice = notice
-        self.patience_s = config.comm.timeout_s / 4  # the other ranks wait, and give up after the whole
+        self.strict = strict
+        # of a live run the other ranks wait, and give up after the whole
+        self.patience_s = math.inf if strict else config.comm.timeout_s / 4
         self.wandb_id: str | None = None
         self.round = 0
         self.wall_s = 0.0
@@ -75,12 +85,19 @@ class Tracker:
         self._run: Any = None
         self._environment = contextlib.ExitStack()
 
+    def choose_id(self) -> str | None:
+        """Return the run's id: the checkpoint's, else the run folder's, else a new one; None if it is not tracked."""
+        self.wandb_id = self.wandb_id or known_id(self.run_dir)
+        if self.wandb_id is None and self.mode != "off":
+            self.wandb_id = secrets.token_hex(5)
+        return self.wandb_id
+
     def start(self, facts: Mapping[str, Any], resumed_round: int) -> None:
         """Begin the run, or go on with it after `resumed_round` (0: from the beginning). To be called once."""
         if self.mode == "off":
             return
-        self.wandb_id = self.wandb_id or secrets.token_hex(5)
-        self._environment.enter_context(quiet_environment(self.run_dir))
+        self.choose_id()
+        self._environment.enter_context(quiet_environment(self.folder))
         try:
             self._run = self._begin(dict(facts))
             if resumed_round > 0:
@@ -119,7 +136,9 @@ class Tracker:
         figures = scalars(summary)
         if "stages" in figures:
             figures["num_stages"] = figures.pop("stages")  # that name is the table's
-        self.stages = list(stages)
+        self.stages = self.stages or list(stages)  # a checkpoint may have other ideas of the order of columns
+        if self.config.track.artifact:
+            self._ask(self._log_artifact, CALL_TIMEOUT_S)
         self._end(figures, 0)
 
     def failed(self, exit_code: int) -> None:
@@ -132,7 +151,15 @@ class Tracker:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict; an empty one is that of a run that was not tracked. To be called before start."""
-        self.wandb_id = state.get("wandb_id")
+        self.wandb_id = state.get("wandb_id") or self.wandb_id
+
+    def abandon(self) -> None:
+        """Leave everything as it is, at once: what was logged may not be whole."""
+        self.mode = "off"
+        self._run = None
+        end_services()
+        tear_down(CALL_TIMEOUT_S)  # or wandb would try it at exit, and complain
+        self._environment.close()
 
     def _begin(self, facts: dict[str, Any]) -> Any:
         """Return wandb's run: online, else offline."""
@@ -141,7 +168,9 @@ class Tracker:
         try:
             run = self._bounded(lambda: self._init("online", facts), 2 * INIT_TIMEOUT_S)
         except Exception as error:
-            tear_down()  # half a run would hold the id
+            if self.strict:
+                raise
+            tear_down(CALL_TIMEOUT_S)  # half a run would hold the id
             run = self._bounded(lambda: self._init("offline", facts), CALL_TIMEOUT_S)
             self.notice(
                 f"wandb is not online ({one_line(error)[:160]}); upload later: wandb sync {Path(run.dir).parent}"
@@ -150,6 +179,7 @@ class Tracker:
         return run
 
     def _init(self, mode: str, facts: dict[str, Any]) -> Any:
+        check_writable(self.folder)
         wandb: Any = importlib.import_module("wandb")
         track = self.config.track
         with no_terminal():
@@ -161,10 +191,15 @@ class Tracker:
                 name=self.config.name,
                 id=self.wandb_id,
                 resume="allow" if mode == "online" else None,
-                dir=str(self.run_dir),
+                dir=str(self.folder),
                 mode=mode,
                 config=config_values(self.config) | {"facts": facts},
-                settings=quiet_settings(wandb),
+                settings=quiet_settings(
+                    wandb,
+                    init_timeout=INIT_TIMEOUT_S,
+                    # 0: wandb itself has no limit, and ours tells what did not get through
+                    finish_timeout=0.0 if self.strict else FINISH_TIMEOUT_S / 2,
+                ),
             )
         for axis in AXES:
             run.define_metric(axis)
@@ -191,23 +226,38 @@ class Tracker:
     def _log_table(self, name: str, columns: Sequence[str], rows: list[list[Any]]) -> None:
         def log(run: Any) -> None:
             table = importlib.import_module("wandb").Table(list(columns), rows)
-            run.log({name: table}, step=max(self.round, self._first_step))
+            if self.round >= self._first_step:
+                run.log({name: table}, step=self.round)
+            else:  # a row of its own would take the step of a round that is yet to come
+                run.summary.update({name: table})
 
         if rows:
             self._ask(log, CALL_TIMEOUT_S)
+
+    def _log_artifact(self, run: Any) -> None:
+        """Log the deployed network. Its file is not copied: an upload reads it where it lies."""
+        path = self.run_dir / "model.safetensors"
+        if not path.is_file():
+            self.notice(f"{path} is missing: no artifact is logged")
+            return
+        artifact = importlib.import_module("wandb").Artifact(f"model-{self.wandb_id}", type="model")
+        artifact.add_file(str(path), policy="immutable")
+        run.log_artifact(artifact)
 
     def _end(self, figures: dict[str, Any], exit_code: int) -> None:
         if self._run is not None:
             self._log_table("devices", DEVICE_COLUMNS, self.devices)
             columns = [name for name in (self.stages or [{}])[0] if name != "kind"]
-            self._log_table("stages", columns, [[stage[name] for name in columns] for stage in self.stages])
+            self._log_table("stages", columns, [[stage.get(name) for name in columns] for stage in self.stages])
             # the row first: its values would replace those of the summary that are called the same
-            self._ask(lambda run: run.log({}, step=max(self.round, self._first_step), commit=True), CALL_TIMEOUT_S)
+            if self.round >= self._first_step:
+                self._ask(lambda run: run.log({}, step=self.round, commit=True), CALL_TIMEOUT_S)
             self._ask(lambda run: run.summary.update(figures), CALL_TIMEOUT_S)
             # ranks end by os._exit: nothing may be left to an exit handler
-            self._ask(lambda run: run.finish(exit_code=exit_code), FINISH_TIMEOUT_S)
+            limit_s = PATIENT_FINISH_TIMEOUT_S if self.strict else FINISH_TIMEOUT_S
+            self._ask(lambda run: run.finish(exit_code=exit_code), limit_s)
         if self._run is not None:
-            tear_down()
+            tear_down(CALL_TIMEOUT_S)
         self._run = None
         self._environment.close()
 
@@ -224,27 +274,50 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         """Tell of what failed, once, and be quiet from now on."""
-        self.mode = "off"
-        self._run = None
-        self.notice(
-            f"tracking by wandb has ended ({one_line(error)[:160]}); training goes on, metrics.jsonl has it all"
-        )
-        end_services()
-        tear_down()  # or wandb would try it at exit, and complain
-        self._environment.close()
+        if not self.strict:
+            self.notice(
+                f"tracking by wandb has ended ({one_line(error)[:160]}); training goes on, metrics.jsonl has it all"
+            )
+        self.abandon()
+        if self.strict:
+            raise UnavailableError(f"wandb failed: {one_line(error)[:160]}") from None
 
 
 def make_tracker(config: Config, run_dir: Path, notice: Callable[[str], None]) -> Tracker:
     """Return the tracker that `track` and WANDB_MODE ask for. Raises UnavailableError where wandb is not installed."""
     mode = track_mode(config.track.wandb, os.environ)
-    if mode != "off":
-        found = importlib.util.find_spec("wandb")
-        if found is None or found.origin is None:  # no origin: a mere folder of that name
-            raise UnavailableError(
-                f"track.wandb is {config.track.wandb}, but wandb is not installed; pip install 'wandb>=0.17', or use "
-                "track.wandb=off"
-            )
+    if mode != "off" and not wandb_installed():
+        raise UnavailableError(
+            f"track.wandb is {config.track.wandb}, but wandb is not installed; pip install 'wandb>=0.17', or use "
+            "track.wandb=off"
+        )
     return Tracker(config, run_dir, mode, notice)
+
+
+def wandb_installed() -> bool:
+    """Tell whether wandb can be imported, without importing it."""
+    found = importlib.util.find_spec("wandb")
+    return found is not None and found.origin is not None  # no origin: a mere folder of that name
+
+
+def known_id(run_dir: Path) -> str | None:
+    """Return the id that an earlier start or a sync has given to the run at Weights & Biases; None if none has."""
+    for path, key in ((run_dir / "summary.json", "wandb_id"), (run_dir / "wandb" / "synced.json", "id")):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and is_id(found.get(key)):
+                return str(found[key])
+    return None
+
+
+def is_id(value: object) -> bool:
+    """Tell whether a run at Weights & Biases can have this id."""
+    return isinstance(value, str) and re.fullmatch("[A-Za-z0-9_-]{1,64}", value) is not None
+
+
+def public_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a line `run_start` says and Weights & Biases gets: no host names, nothing that it has otherwise."""
+    return {name: value for name, value in record.items() if name not in _NOT_FACTS}
 
 
 def track_mode(wanted: str, environment: Mapping[str, str]) -> str:
@@ -274,75 +347,3 @@ def memory_figures(record: Mapping[str, Any]) -> dict[str, float]:
     caps = record["cap_mib"]
     shares = [peak / caps[device] for device, peak in peaks.items() if caps[device]]
     return figures | ({"memory/cap_share_max": max(shares)} if shares else {})
-
-
-def quiet_settings(wandb: Any) -> Any:
-    """Return the Settings with which wandb collects nothing by itself, as far as the installed version has them."""
-    wanted = _SETTINGS | {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S / 2}
-    known = {name for kind in wandb.Settings.__mro__ for name in getattr(kind, "__annotations__", {})}
-    spelled = {name if name in known else name.removeprefix("x"): value for name, value in wanted.items()}
-    return wandb.Settings(**{name: value for name, value in spelled.items() if name in known})
-
-
-def bounded(action: Callable[[], T], seconds: float) -> T:
-    """Return what an action returns, or raise what it raises; TimeoutError after `seconds`, with the action going on.
-
-    Also SystemExit becomes an ordinary error: it is wandb's, and ours alone is Ctrl-C.
-    """
-    outcome: Future[T] = Future()
-
-    def act() -> None:
-        try:
-            outcome.set_result(action())
-        except Exception as error:
-            outcome.set_exception(error)
-        except BaseException as error:
-            outcome.set_exception(RuntimeError(f"{type(error).__name__} {one_line(error)}"))
-
-    Thread(target=act, name="wandb", daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except TimeoutError as error:
-        raise TimeoutError(one_line(error) if outcome.done() else f"wandb gave no answer in {seconds:.0f} s") from error
-
-
-@contextlib.contextmanager
-def no_terminal() -> Iterator[None]:
-    """Have nobody to ask: without a key wandb would wait at a terminal for one."""
-    stdin = sys.stdin
-    with open(os.devnull, encoding="ascii") as nothing:
-        sys.stdin = nothing
-        try:
-            yield
-        finally:
-            sys.stdin = stdin
-
-
-@contextlib.contextmanager
-def quiet_environment(run_dir: Path) -> Iterator[None]:
-    """Set what wandb takes from the environment alone, until the run ends: its files stay in the run folder."""
-    ours = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
-    for name, folder in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
-        ours[name] = os.environ.get(name) or str(run_dir / "wandb" / folder)
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def tear_down() -> None:
-    """End wandb's service process, the usual way."""
-    with contextlib.suppress(Exception):
-        bounded(importlib.import_module("wandb").teardown, CALL_TIMEOUT_S)
-
-
-def end_services() -> None:
-    """Kill wandb's service processes among our children, which would have the exit of this process wait for them."""
-    for children in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for process in children.read_text().split():
-                if Path(f"/proc/{process}/comm").read_text().startswith("wandb-"):
-                    os.kill(int(process), signal.SIGKILL)

@@ -1,6 +1,6 @@
 """A rank's emulator: trains the devices assigned to it, one after the other, each under its own cap."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,17 @@ from fedfreeze.stage import LocalTrainer, Stage, sees_one_value
 class Emulator:
     """Holds a stage on this rank; nothing is rebuilt between the devices of a stage."""
 
-    def __init__(self, config: Config, data: Data, parts: Sequence[np.ndarray], method: Method, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        parts: Sequence[np.ndarray],
+        method: Method,
+        device: torch.device,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called between steps and raises what must end the round: a lost rank, an end that is near."""
+        self.check = check
         self.config = config
         self.data = data
         self.parts = parts
@@ -148,6 +158,7 @@ class Emulator:
         for row, assignment in enumerate(plan.assignments):
             samples = self.parts[assignment.device]
             if assignment.rank == rank and len(samples):
+                self.check()
                 answer = self._answer(probe, plan, assignment.device, assignment.cap_bytes, samples)
                 if answer is not None:
                     table[row, 0] = 1
@@ -195,6 +206,7 @@ class Emulator:
                 device=self.device,
             )
             for images, labels in batches:
+                self.check()
                 sums += self._step(memory, plan.stage, images, labels)
                 steps += 1
                 samples += len(images)
@@ -254,6 +266,7 @@ class Emulator:
         size = self.config.eval.batch_size
         with torch.inference_mode():
             for batch in range(rank, -(-len(self.data.test) // size), world_size):
+                self.check()
                 images, labels = evaluation_batch(self.data, self.data.test, batch * size, size, self.device)
                 correct += (self.stage(images).argmax(1) == labels).sum()
         return int(correct)

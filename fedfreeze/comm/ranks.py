@@ -1,53 +1,104 @@
-"""The only module with collectives. Small messages travel as JSON, updates as one flat tensor, nothing is pickled."""
+"""This process among its equals: messages as JSON, updates as one flat tensor, nothing pickled, no endless wait."""
 
 import json
-import os
 import socket
+import time
 from collections.abc import Callable
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 
+from fedfreeze.comm.lifeline import Lifeline, Message
+from fedfreeze.comm.mpi_transport import MpiTransport
+from fedfreeze.comm.torch_transport import TorchTransport
+from fedfreeze.config import CommConfig
 from fedfreeze.errors import FedfreezeError, RankLostError, error_of, one_line
 from fedfreeze.launcher import Launch
 
 T = TypeVar("T")
 
+# How often a waiting rank asks whether another was lost.
+_LOOK_S = 0.25
+
+# A collective that breaks does so a moment before the reason is known.
+_EXPLAIN_S = 5.0
+
+
+class Pending(Protocol):
+    """A collective on its way."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to `seconds`; return whether it is done. Raises RuntimeError if it has failed."""
+        ...
+
+
+class Transport(Protocol):
+    """What carries messages; each collective is begun on all ranks in the same order, one at a time."""
+
+    backend: str
+
+    def root_text(self, text: str | None) -> str:
+        """Collective: every rank must call this. Return rank 0's text on every rank."""
+        ...
+
+    def broadcast(self, tensor: torch.Tensor) -> Pending:
+        """Collective: every rank must call this. Begin to overwrite a host tensor with rank 0's."""
+        ...
+
+    def all_reduce(self, tensor: torch.Tensor) -> Pending:
+        """Collective: every rank must call this. Begin to sum a host tensor over the ranks, in place."""
+        ...
+
+    def all_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> Pending:
+        """Collective: every rank must call this. Begin to gather host tensors (length) into (world size, length)."""
+        ...
+
+    def close(self) -> None:
+        """Collective: every rank must call this. Leave in order."""
+        ...
+
 
 class Ranks:
-    """This process among its equals. With one rank, no process group is made and every collective is local."""
+    """This process among its equals. With one rank, nothing is opened and every collective is local."""
 
-    def __init__(self, launch: Launch, device: torch.device, timeout_s: float):
-        """Collective: every rank must call this. Join the process group. Raises RankLostError."""
+    def __init__(
+        self,
+        launch: Launch,
+        device: torch.device,
+        config: CommConfig,
+        *,
+        poll: Callable[[], Message | None] = lambda: None,
+        hear_wish: Callable[[str, float], None] = lambda reason, grace_s: None,
+    ):
+        """Collective: every rank must call this. Meet the others. Raises RankLostError, UnavailableError.
+
+        `poll` and `hear_wish` are those of the Lifeline.
+        """
         self.rank = launch.rank
         self.world_size = launch.world_size
-        self.local_rank = launch.local_rank
         self.device = device
+        self.config = config
+        self.host = socket.gethostname()
         self.backend = "none"
-        self.rank_hosts = [socket.gethostname()]
+        self.rank_hosts = [self.host]
+        self.lifeline = Lifeline(launch.rank, config.heartbeat_s, poll, hear_wish)
+        self.transport: Transport
         if self.world_size > 1:
-            self._init_process_group(launch, timeout_s)
-            self.rank_hosts = self.all_gather(socket.gethostname())
-
-    def _init_process_group(self, launch: Launch, timeout_s: float) -> None:
-        # NCCL refuses two ranks on one GPU; gloo carries host tensors there, and the JSON messages everywhere
-        use_nccl = self.device.type == "cuda" and launch.local_world_size <= torch.cuda.device_count()
-        self.backend = "nccl" if use_nccl else "gloo"
-        try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if use_nccl else "gloo",
-                init_method=launch.init_method,
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timedelta(seconds=timeout_s),
+            self.transport = (
+                MpiTransport(device, config.cuda_aware_mpi)
+                if config.transport == "mpi"
+                else TorchTransport(launch, device, config.timeout_s)
             )
-        except (RuntimeError, ValueError) as error:
-            raise RankLostError(
-                f"rank {self.rank} on {socket.gethostname()} could not join the {self.world_size} ranks: "
-                f"{one_line(error)[:200]}"
-            ) from None
+            self.backend = self.transport.backend
+            self._open_lifeline(launch)
+            self.rank_hosts = self.all_gather(self.host)
+
+    def _open_lifeline(self, launch: Launch) -> None:
+        """Collective: every rank must call this."""
+        where = self.transport.root_text(json.dumps(self.lifeline.listen()) if self.is_root else None)
+        if not self.is_root:
+            one_host = launch.local_world_size == launch.world_size
+            self.lifeline.connect(json.loads(where), "127.0.0.1" if one_host else launch.master_address)
 
     @property
     def is_root(self) -> bool:
@@ -60,9 +111,9 @@ class Ranks:
             return json.loads(json.dumps(message))
         text = json.dumps(message).encode() if self.is_root else b""
         length = torch.tensor([len(text)])
-        self._run("broadcast", lambda: dist.broadcast(length, 0))
-        body = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.is_root else _empty_bytes(int(length))
-        self._run("broadcast", lambda: dist.broadcast(body, 0))
+        self._run("broadcast", lambda: self.transport.broadcast(length))
+        body = _bytes(text) if self.is_root else torch.empty(int(length), dtype=torch.uint8)
+        self._run("broadcast", lambda: self.transport.broadcast(body))
         return json.loads(body.numpy().tobytes())
 
     def all_gather(self, message: Any) -> list[Any]:
@@ -72,29 +123,25 @@ class Ranks:
         text = json.dumps(message).encode()
         lengths = torch.zeros(self.world_size, dtype=torch.int64)
         lengths[self.rank] = len(text)
-        self._run("all-reduce", lambda: dist.all_reduce(lengths))
+        self._run("all-reduce", lambda: self.transport.all_reduce(lengths))
         longest = int(lengths.max())
-        body = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
-        bodies = [_empty_bytes(longest) for _ in range(self.world_size)]
-        self._run("all-gather", lambda: dist.all_gather(bodies, body))
-        return [json.loads(other.numpy().tobytes()) for other in bodies]
+        gathered = torch.empty(self.world_size, longest, dtype=torch.uint8)
+        body = _bytes(text.ljust(longest))
+        self._run("all-gather", lambda: self.transport.all_gather(gathered, body))
+        return [json.loads(row.numpy().tobytes()) for row in gathered]
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Collective: every rank must call this. Sum a flat host tensor over the ranks, in place.
 
         With a GPU a rank it travels by NCCL through the GPU, between two devices and so outside every cap.
         """
-        if self.world_size == 1:
-            return
-        carried = tensor.to(self.device) if self.backend == "nccl" else tensor
-        self._run("all-reduce", lambda: dist.all_reduce(carried))
-        if carried is not tensor:
-            tensor.copy_(carried)
+        if self.world_size > 1:
+            self._run("all-reduce", lambda: self.transport.all_reduce(tensor))
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Collective: every rank must call this. Overwrite a host tensor with rank 0's, in place."""
         if self.world_size > 1:
-            self._run("broadcast", lambda: dist.broadcast(tensor, 0))
+            self._run("broadcast", lambda: self.transport.broadcast(tensor))
 
     def decide(self, action: Callable[[], Any]) -> Any:
         """Collective: every rank must call this. Run an action on rank 0 and return its result (JSON) on every rank.
@@ -127,21 +174,39 @@ class Ranks:
             raise error_of(*failures[0])
         return result  # type: ignore[return-value]
 
-    def close(self) -> None:
-        """Collective: every rank must call this. Leave the group."""
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    def check(self) -> None:
+        """Raise what the lifeline tells: RankLostError if a rank was lost, PreemptedError if the round was dropped."""
+        self.lifeline.check()
 
-    def _run(self, name: str, operation: Callable[[], Any]) -> None:
+    def close(self) -> None:
+        """Collective: every rank must call this. Leave in order."""
+        if self.world_size > 1:
+            self.transport.close()
+
+    def leave(self, code: int) -> None:
+        """Tell the others that this rank leaves with an exit code; to be called last, however the run went."""
+        self.lifeline.leave(code)
+
+    def _run(self, name: str, begin: Callable[[], Pending]) -> None:
+        """Wait for a collective, but not for a rank that is lost, nor longer than comm.timeout_s."""
+        started = time.monotonic()
         try:
-            operation()
+            pending = begin()
+            while not pending.wait(_LOOK_S):
+                self.lifeline.check()
+                if time.monotonic() - started > self.config.timeout_s:
+                    raise RankLostError(
+                        f"rank {self.rank} on {self.host} waited {self.config.timeout_s:g} s (comm.timeout_s) in "
+                        f"{name} for a rank that is alive but does not come; raise comm.timeout_s if its devices take "
+                        "that long, and run again to go on from the last checkpoint"
+                    )
         except RuntimeError as error:
+            self.lifeline.check_within(_EXPLAIN_S)
             raise RankLostError(
-                f"rank {self.rank} on {socket.gethostname()} (pid {os.getpid()}): {name} with {self.world_size} ranks "
-                f"failed: {one_line(error)[:160]}; another rank is gone or silent; run again to go on from the last "
-                "checkpoint"
+                f"rank {self.rank} on {self.host}: {name} with {self.world_size} ranks failed: "
+                f"{one_line(error)[:160]}; run again to go on from the last checkpoint"
             ) from None
 
 
-def _empty_bytes(length: int) -> torch.Tensor:
-    return torch.empty(length, dtype=torch.uint8)
+def _bytes(text: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

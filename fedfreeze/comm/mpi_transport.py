@@ -1,0 +1,144 @@
+"""Messages between ranks by mpi4py, on host tensors without copies. mpi4py is imported only where it is asked for."""
+
+import importlib
+import importlib.util
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fedfreeze.errors import ConfigError, UnavailableError, one_line
+from fedfreeze.launcher import Launch
+
+
+def load_mpi() -> Any:
+    """Import mpi4py.MPI, which starts MPI. Raises UnavailableError where it or an MPI library is missing."""
+    try:
+        mpi4py = importlib.import_module("mpi4py")
+        mpi4py.rc.thread_level = "funneled"  # only the main thread calls MPI
+        mpi4py.rc.finalize = False  # after a loss, MPI_Finalize would wait for the dead
+        return importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        missing = f"mpi4py cannot load an MPI library ({one_line(error)[:160]})"
+        if importlib.util.find_spec("mpi4py") is None:
+            missing = "mpi4py is not installed"
+    raise UnavailableError(
+        f"comm.transport is mpi, but {missing}; load the site's MPI and pip install 'mpi4py>=4', or use "
+        "comm.transport=torch"
+    )
+
+
+def launch_by_mpi(launch: Launch) -> Launch:
+    """Return who this process is by MPI's own account. Raises ConfigError if its launcher counts otherwise."""
+    if launch.launcher in ("nproc", "torchrun"):
+        raise ConfigError(
+            f"comm.transport is mpi, but the ranks were started by {launch.launcher}, "
+            "which MPI knows nothing of; start them with mpirun or srun --mpi=pmix, or use comm.transport=torch"
+        )
+    if (
+        launch.launcher == "srun"
+        and launch.world_size > 1
+        and not any(n in os.environ for n in ("PMIX_RANK", "PMI_FD"))
+    ):
+        raise ConfigError(
+            f"comm.transport is mpi, but srun started {launch.world_size} tasks that MPI knows nothing of; use srun "
+            "--mpi=pmix (srun --mpi=list tells what there is), or comm.transport=torch"
+        )
+    world = load_mpi().COMM_WORLD
+    if launch.launcher != "none":
+        if (launch.rank, launch.world_size) != (world.Get_rank(), world.Get_size()):
+            hint = (
+                "use srun --mpi=pmix (srun --mpi=list tells what there is) with an MPI built for it"
+                if launch.launcher == "srun"
+                else "use the mpirun of the MPI library that mpi4py loads"
+            )
+            raise ConfigError(
+                f"{launch.launcher} started rank {launch.rank} of {launch.world_size}, but MPI counts rank "
+                f"{world.Get_rank()} of {world.Get_size()}; {hint}, or comm.transport=torch"
+            )
+        return launch
+    local = world.Split_type(load_mpi().COMM_TYPE_SHARED)
+    return replace(
+        launch,
+        launcher="mpirun" if world.Get_size() > 1 else "none",
+        rank=world.Get_rank(),
+        world_size=world.Get_size(),
+        local_rank=local.Get_rank(),
+        local_world_size=local.Get_size(),
+    )
+
+
+class MpiTransport:
+    """MPI_COMM_WORLD. Non-blocking calls, so that a rank that waits can hear that another was lost."""
+
+    backend = "mpi"
+
+    def __init__(self, device: torch.device, cuda_aware: bool):
+        """Collective: every rank must call this. Start MPI. Raises UnavailableError."""
+        self.mpi = load_mpi()
+        self.world = self.mpi.COMM_WORLD
+        self.device = device
+        self.by_gpu = cuda_aware and device.type == "cuda"
+
+    def root_text(self, text: str | None) -> str:
+        """Collective: every rank must call this. Return rank 0's text on every rank."""
+        found: str = self.world.bcast(text, 0)
+        return found
+
+    def broadcast(self, tensor: torch.Tensor) -> "MpiPending":
+        """Collective: every rank must call this. Begin to overwrite a host tensor with rank 0's."""
+        # as bytes: MPI has no names for some of torch's types
+        raw = tensor.view(-1).view(torch.uint8).numpy()
+        return MpiPending(self, lambda: self.world.Ibcast(raw, 0))
+
+    def all_reduce(self, tensor: torch.Tensor) -> "MpiPending":
+        """Collective: every rank must call this. Begin to sum a host tensor over the ranks, in place."""
+        if self.by_gpu:
+            carried = tensor.to(self.device)
+            torch.cuda.synchronize(self.device)
+            return MpiPending(
+                self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, carried), lambda: tensor.copy_(carried)
+            )
+        return MpiPending(self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, tensor.numpy()))
+
+    def all_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> "MpiPending":
+        """Collective: every rank must call this. Begin to gather host tensors (length) into (world size, length)."""
+        return MpiPending(self, lambda: self.world.Iallgather(tensor.numpy(), gathered.numpy()))
+
+    def close(self) -> None:
+        """Collective: every rank must call this. End MPI in order."""
+        if not self.mpi.Is_finalized():
+            self.mpi.Finalize()
+
+
+class MpiPending:
+    """A collective on its way: first until all are there, which may take long, then the transfer, which does not."""
+
+    def __init__(self, transport: MpiTransport, start: Any, finish: Any = None):
+        self.start = start
+        self.finish = finish
+        self.barrier = transport.world.Ibarrier()
+        self.request: Any = None
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to `seconds`; return whether it is done. Raises RuntimeError (MPI.Exception) if it has failed."""
+        deadline = time.monotonic() + seconds
+        pause = 0.0
+        while self.request is None:
+            if self.barrier.Test():
+                self.request = self.start()
+            elif time.monotonic() > deadline:
+                return False
+            else:
+                # others may need this core to get here: sleep, longer from time to time
+                time.sleep(pause)
+                pause = min(pause + 2e-5, 2e-3)
+        while not self.request.Test():  # MPI moves the data only while it is called
+            if time.monotonic() > deadline:
+                return False
+            os.sched_yield()
+        if self.finish is not None:
+            self.finish()
+        return True

@@ -1,0 +1,141 @@
+"""Messages between ranks by torch.distributed: gloo for host tensors, NCCL too where each rank has a GPU of its own."""
+
+import contextlib
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fedfreeze.errors import RankLostError, one_line
+from fedfreeze.launcher import Launch, need_address
+
+# All ranks are started together: one that is not there by then has not been started at all.
+JOIN_S = 300.0
+
+
+class TorchTransport:
+    """The default process group, and a second one for GPUs."""
+
+    def __init__(self, launch: Launch, device: torch.device, timeout_s: float):
+        """Collective: every rank must call this. Find the others and join. Raises RankLostError."""
+        self.device = device
+        self.host = socket.gethostname()
+        self.rank, self.world_size = launch.rank, launch.world_size
+        self.join_s = min(JOIN_S, timeout_s)
+        try:
+            self.store = self._make_store(launch)
+            self._await_all()
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("group", self.store),
+                rank=self.rank,
+                world_size=self.world_size,
+                # ours is shorter, and knows whom it waits for
+                timeout=timedelta(seconds=timeout_s + 60),
+            )
+            self.gpu_group = self._make_gpu_group(timeout_s)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise RankLostError(
+                f"rank {self.rank} on {self.host} could not join the {self.world_size} ranks: {one_line(error)[:200]}"
+            ) from None
+        self.backend = "nccl" if self.gpu_group is not None else "gloo"
+
+    def _make_store(self, launch: Launch) -> dist.Store:
+        limit = timedelta(seconds=self.join_s)
+        if launch.store_file is not None:
+            file_store = dist.FileStore(launch.store_file, self.world_size)
+            file_store.set_timeout(limit)
+            return file_store
+        need_address(launch)
+        address, port = launch.master_address or "127.0.0.1", launch.master_port or 0
+        serves = self.rank == 0 and not launch.store_served
+        try:
+            store = dist.TCPStore(address, port, is_master=serves, timeout=limit, wait_for_workers=False)
+        except (RuntimeError, ValueError) as error:
+            said = one_line(error)
+            why = "is taken by another program" if "EADDRINUSE" in said else f"cannot be used ({said[:120]})"
+            raise RankLostError(
+                f"rank {self.rank} on {self.host}: {address} port {port}, where the ranks were to meet, {why}; set "
+                "MASTER_ADDR and MASTER_PORT to a host and port that all ranks reach"
+            ) from None
+        # workers that torchrun starts again meet at the same store, where those that died left their addresses
+        return dist.PrefixStore(f"attempt{launch.attempt}", store)
+
+    def _await_all(self) -> None:
+        """Have rank 0 wait for all, so that it can tell who is missing."""
+        self.store.set(f"here{self.rank}", self.host)
+        if self.rank:
+            self.store.wait(["all"], timedelta(seconds=self.join_s + 30))
+            missing = self.store.get("all").decode()
+        else:
+            names = [f"here{rank}" for rank in range(self.world_size)]
+            with contextlib.suppress(RuntimeError):
+                self.store.wait(names, timedelta(seconds=self.join_s))
+            missing = ", ".join(name.removeprefix("here") for name in names if not self.store.check([name]))
+            self.store.set("all", missing)
+        if missing:
+            raise RankLostError(
+                f"rank {missing} of {self.world_size} did not join within {self.join_s:.0f} s; see the log of that "
+                "rank, and whether as many were started"
+            )
+
+    def _make_gpu_group(self, timeout_s: float) -> Any:
+        """Collective: every rank must call this. Make a group for GPUs; None where two ranks share one."""
+        if self.device.type != "cuda":
+            return None
+        mine = f"{self.host} {torch.cuda.get_device_properties(self.device).uuid}"
+        self.store.set(f"gpu{self.rank}", mine)
+        gpus = {self.store.get(f"gpu{rank}") for rank in range(self.world_size)}
+        if len(gpus) < self.world_size or not dist.is_nccl_available():  # NCCL refuses two ranks on one GPU
+            return None
+        return dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout_s + 60))
+
+    def root_text(self, text: str | None) -> str:
+        """Collective: every rank must call this. Return rank 0's text on every rank."""
+        if text is not None:
+            self.store.set("root text", text)
+            return text
+        return self.store.get("root text").decode()
+
+    def broadcast(self, tensor: torch.Tensor) -> "TorchPending":
+        """Collective: every rank must call this. Begin to overwrite a host tensor with rank 0's."""
+        return TorchPending(dist.broadcast(tensor, 0, async_op=True))
+
+    def all_reduce(self, tensor: torch.Tensor) -> "TorchPending":
+        """Collective: every rank must call this. Begin to sum a host tensor over the ranks, in place."""
+        if self.gpu_group is None or tensor.numel() < 1024:  # a short one is not worth the way over the GPU
+            return TorchPending(dist.all_reduce(tensor, async_op=True))
+        carried = tensor.to(self.device)
+        work = dist.all_reduce(carried, group=self.gpu_group, async_op=True)
+        return TorchPending(work, lambda: tensor.copy_(carried))
+
+    def all_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> "TorchPending":
+        """Collective: every rank must call this. Begin to gather host tensors (length) into (world size, length)."""
+        return TorchPending(dist.all_gather(list(gathered), tensor, async_op=True))
+
+    def close(self) -> None:
+        """Collective: every rank must call this. Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class TorchPending:
+    """A collective on its way."""
+
+    def __init__(self, work: Any, finish: Any = None):
+        self.work = work
+        self.finish = finish
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to `seconds`; return whether it is done. Raises RuntimeError if it has failed."""
+        try:
+            self.work.wait(timedelta(seconds=seconds))
+        except RuntimeError:
+            if not self.work.is_completed():
+                return False  # only our waiting has timed out
+            self.work.wait()  # raises what made it fail; nothing if it ended just after our waiting
+        if self.finish is not None:
+            self.finish()
+        return True
