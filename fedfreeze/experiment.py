@@ -51,7 +51,7 @@ def run_rank(config: Config, run_dir: Path, launch: Launch, preemption: Preempti
 
     Errors are told once, by rank 0; its own loss by all others.
     """
-    reporter = Reporter(quiet=launch.rank != 0)
+    reporter = Reporter(quiet=launch.rank != 0, launcher=launch.launcher)
     session = Session(config, run_dir, preemption, reporter)
     code = int(ExitCode.INTERNAL)
     try:

@@ -69,9 +69,9 @@ def _by_torchrun(environment: Mapping[str, str]) -> Launch:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     launch = _numbered(environment, "torchrun", names)
     agents = environment.get("GROUP_WORLD_SIZE", "")
-    around = {"srun": "SLURM_STEP_NUM_TASKS"} if _in_step(environment) else {"mpirun": "OMPI_COMM_WORLD_SIZE"}
-    for outer, name in around.items():
-        started = environment.get(name, "1")
+    outer, name = ("srun", "SLURM_STEP_NUM_TASKS") if _in_step(environment) else ("mpirun", "OMPI_COMM_WORLD_SIZE")
+    if name in environment:
+        started = environment[name]
         if agents.isdigit() and started.isdigit() and int(started) != int(agents):
             raise ConfigError(
                 f"{outer} started {started} tasks, but torchrun's group has {agents} agent(s); start "

@@ -37,9 +37,10 @@ class LastingConsole(Console):
 class Reporter:
     """Rank 0's voice; on other ranks it is quiet, but for crashes."""
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, launcher: str = "none"):
         self.quiet = quiet
-        self.console = LastingConsole(highlight=False)
+        # mpirun gives every rank a terminal of its own, also where its output goes to a file
+        self.console = LastingConsole(highlight=False, force_terminal=False if launcher == "mpirun" else None)
         self.progress: Progress | None = None
         self.max_rounds = 0
         self.num_stages = 0
@@ -95,8 +96,7 @@ class Reporter:
                 self.notice(
                     f"stage {stage + 1}: only {len(eligible)} devices can hold it, fewer than train.participants"
                 )
-        # mpirun gives every rank a terminal of its own, also where its output goes to a file
-        if self.console.is_terminal and not self.quiet and facts["launcher"] != "mpirun":
+        if self.console.is_terminal and not self.quiet:
             self.progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -1,8 +1,10 @@
 """Starts fedfreeze as its users do, and reads what it leaves behind."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 # Small enough for a launch to cost little, with everything in it: caps that hold some stages of some devices only,
@@ -24,6 +27,16 @@ SMALL = {
     "eval": {"every_rounds": 4},
 }
 
+# As root, as in a container, Open MPI wants to be told; and more ranks than cores.
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
+
+# Survivors of a lost rank leave by themselves and say why; what does not, SLURM ends after a while.
+SRUN = ["srun", "--kill-on-bad-exit=0", "--wait=10"]
+
+needs_mpirun = pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="there is no mpirun here; on Debian: apt-get install openmpi-bin"
+)
+
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
@@ -37,18 +50,26 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def command(config: Path, run_dir: Path, *options: str, ranks: int = 1, torchrun: bool = False) -> list[str]:
-    """Return the command line of a run."""
-    tail = ["run", str(config), "--run-dir", str(run_dir), *options]
-    if torchrun:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        return [*launcher, "-m", "fedfreeze", *tail]
-    return [sys.executable, "-m", "fedfreeze", *tail, "--nproc", str(ranks)]
+def command(config: Path, run_dir: Path, *options: str, ranks: int = 1, by: str = "nproc") -> list[str]:
+    """Return the command line of a run, started by `nproc`, `torchrun`, `mpirun` or `srun 2` (over two nodes)."""
+    program = ["-m", "fedfreeze", "run", str(config), "--run-dir", str(run_dir), *options]
+    launcher, _, nodes = by.partition(" ")
+    if launcher == "torchrun":
+        agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        return [*agent, *program]
+    if launcher == "mpirun":
+        return [*MPIRUN, "-n", str(ranks), sys.executable, *program]
+    if launcher == "srun":
+        pmix = ["--mpi=pmix"] if "--comm.transport=mpi" in options else []
+        return [*SRUN, *pmix, f"--nodes={nodes or 1}", f"--ntasks={ranks}", sys.executable, *program]
+    return [sys.executable, *program, "--nproc", str(ranks)]
 
 
-def run(arguments: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], timeout_s: float = 240, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; a run that hangs is killed with all its ranks and fails the test."""
-    process = start(arguments)
+    process = start(arguments, environment)
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -57,16 +78,41 @@ def run(arguments: list[str], timeout_s: float = 240) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start in a process group of its own."""
     return subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=environment or ENVIRONMENT,
         start_new_session=True,
     )
+
+
+def ranks_of(run_dir: Path) -> dict[int, int]:
+    """Return rank -> process of the ranks that torchrun, mpirun or srun has started for a run folder."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            if str(run_dir).encode() not in arguments or arguments[1:3] not in ([b"-m", b"fedfreeze"], [b"-u", b"-m"]):
+                continue
+            lines = (process / "environ").read_bytes().split(b"\0")
+            variables = dict(line.split(b"=", 1) for line in lines if b"=" in line)
+            for name in (b"RANK", b"OMPI_COMM_WORLD_RANK", b"SLURM_PROCID"):
+                if name in variables:
+                    found[int(variables[name])] = int(process.name)
+                    break
+    return found
+
+
+def is_gone(process: int) -> bool:
+    """Whether a process has ended, waited for or not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def kill_tree(process: subprocess.Popen[str], signal_number: int = signal.SIGKILL) -> None:

@@ -133,12 +133,40 @@ CONFIGURATIONS = {
         ("--nproc", "2"),
         environment={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
     ),
-    "srun with several tasks": Bad(
-        ("srun started 4 tasks", "start one task a node and torchrun in it"),
+    "srun without tasks": Bad(
+        ("SLURM_PROCID is None", "srun, mpirun"),
         environment={"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"},
     ),
+    "a job of 4 tasks without srun": Bad(
+        ("4 tasks, but fedfreeze was started once; use `srun fedfreeze run",),
+        environment={"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},
+    ),
+    "torchrun in each task of srun": Bad(
+        ("srun started 4 tasks, but torchrun's group has 1 agent(s)", "--nnodes=4"),
+        environment={"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "GROUP_WORLD_SIZE": "1", "RANK": "0"}
+        | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+    ),
+    "transport mpi under torchrun": Bad(
+        ("comm.transport is mpi, but the ranks were started by torchrun", "mpirun or srun --mpi=pmix"),
+        ("--comm.transport=mpi",),
+        environment={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+    ),
+    "transport mpi by --nproc": Bad(
+        ("--nproc starts ranks that MPI knows nothing of",), ("--nproc", "2", "--comm.transport=mpi")
+    ),
+    "ranks on several hosts that cannot meet": Bad(
+        ("2 ranks on several hosts, and none knows where rank 0 is; set MASTER_ADDR",),
+        environment={
+            f"OMPI_COMM_WORLD_{name}": value
+            for name, value in {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}.items()
+        },
+    ),
+    "MASTER_PORT that is no port": Bad(
+        ("MASTER_PORT is 'high'; it must be a port, 1 to 65535",),
+        environment={"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "high"},
+    ),
     "RANK without LOCAL_RANK": Bad(
-        ("LOCAL_RANK is None", "torchrun or --nproc"), environment={"RANK": "0", "WORLD_SIZE": "2"}
+        ("LOCAL_RANK is None", "torchrun, srun, mpirun or --nproc"), environment={"RANK": "0", "WORLD_SIZE": "2"}
     ),
     "WORLD_SIZE that is no number": Bad(
         ("WORLD_SIZE is 'two'",), environment={"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}

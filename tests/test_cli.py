@@ -140,12 +140,12 @@ def test_torchrun_and_nproc_together_are_refused(tmp_path: Path) -> None:
     assert_one_line(result.stderr, "--nproc 2 under torchrun")
 
 
-def test_srun_with_several_tasks_is_refused_until_it_is_supported(tmp_path: Path) -> None:
-    environment = ENVIRONMENT | {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
-    arguments = command(write_config(tmp_path), tmp_path / "run")
+def test_a_job_of_several_tasks_in_which_srun_was_forgotten(tmp_path: Path) -> None:
+    environment = ENVIRONMENT | {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
+    arguments = command(write_config(tmp_path), tmp_path / "run")[:-2]  # without --nproc, which says that one is meant
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == ExitCode.BAD_CONFIG
-    assert_one_line(result.stderr, "srun started 2 tasks")
+    assert_one_line(result.stderr, "this SLURM job has 2 tasks, but fedfreeze was started once; use `srun")
 
 
 def test_another_configurations_run_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ LAUNCHED = {
     "import of torch": ("torch", 1),
     "import of torch, --nproc 2": ("torch", 2),
     "the ranks' start, --nproc 2": ("fedfreeze.experiment:run_rank", 2),
-    "joining, --nproc 2": ("fedfreeze.comm:Ranks._init_process_group", 2),
+    "joining, --nproc 2": ("fedfreeze.comm.torch_transport:TorchTransport._make_store", 2),
     "first round, --nproc 2": ("fedfreeze.train:Emulator._step", 2),
     "checkpoint, --nproc 2": ("fedfreeze.checkpoint:_sync", 2),
     "deployment, --nproc 2": ("fedfreeze.run_folder:RunFolder.write_model", 2),

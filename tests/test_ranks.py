@@ -19,7 +19,7 @@ LAUNCHES = {
     "nproc 2": {"ranks": 2},
     "nproc 3": {"ranks": 3},
     "nproc 4": {"ranks": 4},
-    "torchrun 2": {"ranks": 2, "torchrun": True},
+    "torchrun 2": {"ranks": 2, "by": "torchrun"},
 }
 
 
