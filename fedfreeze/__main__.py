@@ -1,5 +1,7 @@
 """`python -m fedfreeze`, and what the console script calls."""
 
+import contextlib
+import os
 import signal
 import sys
 
@@ -10,7 +12,14 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from fedfreeze.cli import main as run
 
-    return run()
+    code = run()
+    if code:
+        # not through the exit handlers of torch and MPI, which would wait for a collective that never ends
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import fedfreeze
 from fedfreeze.config import Config
-from fedfreeze.config_file import _apply_override, load_config, make_config, shipped_experiments
+from fedfreeze.config_file import load_config, shipped_experiments
 from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line, out_of_memory
 from fedfreeze.launcher import Launch, check_job, detect_launch
 from fedfreeze.local_ranks import interrupt_once, run_local_ranks
@@ -73,10 +73,7 @@ def _run(config: Config, options: argparse.Namespace) -> int:
             code = run_local_ranks(nproc, lambda local: run_rank(config, run_dir, local, preemption))
             note_exit_code(run_dir, code)
             return code
-        code = run_rank(config, run_dir, launch, preemption)
-        if code and launch.launcher != "none":
-            leave_at_once(code)
-        return code
+        return run_rank(config, run_dir, launch, preemption)
     finally:
         preemption.uninstall()
 
@@ -94,14 +91,7 @@ def _launch(config: Config, nproc: int | None) -> tuple[Launch, int]:
 
 
 def _doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    overrides = _overrides(rest)
-    if options.config is not None:
-        config = load_config(options.config, overrides)
-    else:
-        values: dict[str, Any] = {}
-        for override in overrides:
-            _apply_override(values, override)
-        config = make_config(values)
+    config = load_config(options.config, _overrides(rest))
     launch, nproc = _launch(config, options.nproc)
     from fedfreeze.doctor import Request, run_doctor
 
@@ -110,10 +100,7 @@ def _doctor(options: argparse.Namespace, rest: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, interrupt_once())
     if nproc > 1:
         return run_local_ranks(nproc, lambda local: run_doctor(request, local))
-    code = run_doctor(request, launch)
-    if code and launch.launcher != "none":
-        leave_at_once(code)
-    return code
+    return run_doctor(request, launch)
 
 
 def _plan(config: Config, options: argparse.Namespace) -> int:
@@ -348,13 +335,6 @@ def _overrides(rest: Sequence[str]) -> list[str]:
             item = f"{item}={value}"
         found.append(item)
     return found
-
-
-def leave_at_once(code: int) -> None:
-    """End this rank without the exit handlers of torch and MPI, which would wait for a collective that never ends."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _drop_output() -> None:

@@ -55,13 +55,17 @@ def shipped_experiments() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(source: str | None, overrides: Sequence[str] = ()) -> Config:
     """Read `source` (a path or the bare name of a shipped experiment) and apply overrides (`section.field=value`).
+
+    Without a source the overrides apply to the defaults.
 
     Raises ConfigError, on one line, for anything that is not exactly a configuration.
     """
-    values = read_yaml(_find(source))
-    values.setdefault("name", Path(source).stem)
+    values: dict[str, Any] = {}
+    if source is not None:
+        values = read_yaml(_find(source))
+        values.setdefault("name", Path(source).stem)
     for override in overrides:
         _apply_override(values, override)
     return make_config(values)

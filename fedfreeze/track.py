@@ -158,7 +158,7 @@ class Tracker:
         self.mode = "off"
         self._run = None
         end_services()
-        tear_down(CALL_TIMEOUT_S)  # or wandb would try it at exit, and complain
+        tear_down(min(CALL_TIMEOUT_S, 10.0))  # or wandb would try it at exit, and complain
         self._environment.close()
 
     def _begin(self, facts: dict[str, Any]) -> Any:
@@ -288,7 +288,7 @@ def make_tracker(config: Config, run_dir: Path, notice: Callable[[str], None]) -
     mode = track_mode(config.track.wandb, os.environ)
     if mode != "off" and not wandb_installed():
         raise UnavailableError(
-            f"track.wandb is {config.track.wandb}, but wandb is not installed; pip install 'wandb>=0.17', or use "
+            f"track.wandb is {config.track.wandb}, but wandb is not installed; pip install 'wandb>=0.20', or use "
             "track.wandb=off"
         )
     return Tracker(config, run_dir, mode, notice)

@@ -279,14 +279,18 @@ def _die_with_parent() -> None:
 def main() -> int:
     """Start, stop or ask about the cluster of this user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["start", "stop", "env", "status"])
+    parser.add_argument("command", choices=["start", "stop", "env", "status", "guard"])
     parser.add_argument("--nodes", type=int, default=2, help="emulated nodes (default 2)")
     options = parser.parse_args()
     default = Path(tempfile.gettempdir()) / f"fedfreeze-slurm-{os.getuid()}"
     cluster = LocalSlurm(Path(os.environ.get("FEDFREEZE_LOCAL_SLURM", default)), options.nodes)
     if options.command == "env":
         print(f"export SLURM_CONF={cluster.configuration}")
-    elif options.command == "stop":
+    elif options.command in ("stop", "guard"):
+        if options.command == "guard":  # a test session holds the other end: stop when it is gone, however it went
+            sys.stdin.read()
+            if cluster.folder.exists():
+                time.sleep(1)  # the daemons die with the session; until then they would be asked in vain
         cluster.stop()
         shutil.rmtree(cluster.folder, ignore_errors=True)
     elif options.command == "start" and not cluster.running():

@@ -1,11 +1,11 @@
 """The fixture `slurm`: a real SLURM of two emulated nodes for a test session, and what tests do with its jobs."""
 
-import atexit
 import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.launching import ENVIRONMENT
 from tests.local_slurm import LocalSlurm, environment_of, missing_packages
 
+ROOT = Path(__file__).resolve().parent.parent
 ENDED = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -99,7 +101,14 @@ def slurm() -> Iterator[SlurmJobs]:
     # not below pytest's own folder: the path of a socket has at most 107 characters
     folder = Path(tempfile.mkdtemp(prefix="fedfreeze-slurm-"))
     cluster = SlurmJobs(folder)
-    atexit.register(cluster.stop)
+    # outlives this session, even one that is killed, just long enough to stop the cluster's jobs
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "tests.local_slurm", "guard"],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"FEDFREEZE_LOCAL_SLURM": str(folder)},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         cluster.start(die_with_us=True)
         yield cluster
@@ -107,4 +116,5 @@ def slurm() -> Iterator[SlurmJobs]:
         cluster.stop()
         left = cluster.processes()
         shutil.rmtree(folder, ignore_errors=True)
+        guard.communicate(timeout=60)
     assert not left, f"processes were left behind: {left}"

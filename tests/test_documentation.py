@@ -61,6 +61,7 @@ NEEDS = {
         "fedfreeze plan digits --cut --share=0.7 --write=digits-cut.yaml"
     ),
     "fedfreeze run cifar10 --name=hub --data.cache_dir=CACHE": "fedfreeze fetch cifar10 --data.cache_dir=CACHE",
+    "fedfreeze sync --offline runs/tracked": "fedfreeze run digits --name=tracked --track.wandb=offline",
 }
 
 INSTALLS = "it installs packages from the network"
@@ -70,16 +71,20 @@ NOT_RUN = {
     "python3 -m venv .venv": "the next commands would install into it from the network",
     ". .venv/bin/activate": "the environment of the tests is the one to test",
     "pip install -c constraints-cpu.txt -e '.[test]'": INSTALLS,
-    "pip install 'wandb>=0.17'": INSTALLS,
-    "wandb sync runs/tracked/wandb/latest-run": "it needs an account and the network",
+    "pip install 'wandb>=0.20'": INSTALLS,
+    "fedfreeze sync runs/tracked": "it needs an account and the network",
+    "wandb sync runs/tracked/wandb/sync/offline-run-*": "it needs an account and the network",
     "python benchmarks/sweep.py digits benchmarks/tables/methods_and_selectors.txt OUT --train.rounds=50": (
         "42 runs; tests/test_sweep.py runs it over small tables"
     ),
     "fedfreeze compare OUT/*/ --target 0.97 --out report": "it compares those 42 runs",
+    "mpirun -n 4 fedfreeze doctor digits --comm.transport=mpi": "it needs MPI; tests/test_doctor.py runs it",
+    "srun fedfreeze doctor digits --ranks 8": "it needs SLURM; tests/test_doctor.py runs it",
 }
 
 # What takes more than a few seconds and is not the first thing that a reader types.
 SLOW = {
+    "torchrun --nproc-per-node=4 -m fedfreeze doctor",
     "torchrun --nproc-per-node=4 -m fedfreeze run digits --run-dir runs/torchrun",
     "fedfreeze run cifar10 --nproc 2 --data.path=FOLDER",
     "fedfreeze plan digits --fleet.devices=50 --fleet.memory_cap_mib='loguniform(2, 8)'",
@@ -95,6 +100,7 @@ SLOW = {
     "fedfreeze run digits --name=ranks --nproc 2",
     "torchrun --nproc-per-node=2 -m fedfreeze run digits --name=under-torchrun",
     "fedfreeze run digits --name=tracked --track.wandb=offline",
+    "fedfreeze sync --offline runs/tracked",
 }
 
 

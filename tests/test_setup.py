@@ -17,7 +17,7 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 # Ground floor first: a module imports only from its own floor or those below it.
 FLOORS = [
-    {"errors", "lock", "seeds", "config", "aggregate", "flat", "reports", "launcher", "cap"},
+    {"errors", "lock", "seeds", "config", "aggregate", "flat", "reports", "launcher", "cap", "quiet_wandb"},
     {"local_ranks", "preempt"},
     {"device_classes", "fleet_csv", "compute"},
     {"config_file", "plugins", "chain", "models", "fleet", "comm"},
@@ -30,8 +30,8 @@ FLOORS = [
     {"round"},
     {"track"},
     {"summary", "report"},
-    {"cut", "plan", "calibrate", "compare"},
-    {"experiment"},
+    {"cut", "plan", "calibrate", "compare", "sync"},
+    {"experiment", "doctor"},
     {"reference", "cli", "__main__"},
 ]
 
@@ -41,13 +41,14 @@ def requirements() -> dict[str, str]:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     lines = parser["options"]["install_requires"].split() + parser["options.extras_require"]["plot"].split()
-    lines += parser["options.extras_require"]["wandb"].split()
+    lines += parser["options.extras_require"]["wandb"].split() + parser["options.extras_require"]["mpi"].split()
     return dict(re.split(r">=", line.lower()) for line in lines)
 
 
 def test_environment_yml_holds_the_same_floors_as_setup_cfg() -> None:
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    conda = dict(entry.split(">=") for entry in listed if isinstance(entry, str) and ">=" in entry)
+    by_pip = next(entry["pip"] for entry in listed if isinstance(entry, dict))
+    conda = dict(entry.split(">=") for entry in [*listed, *by_pip] if isinstance(entry, str) and ">=" in entry)
     python = conda.pop("python")
     assert f"python_requires = >={python}" in (ROOT / "setup.cfg").read_text()
     assert conda == {CONDA_NAMES.get(name, name): floor for name, floor in requirements().items()}

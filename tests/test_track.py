@@ -308,7 +308,7 @@ def test_a_service_that_dies_or_hangs_is_told_of_once_and_left_behind(tmp_path, 
 SCRIPT = """
     import os, sys, time
     from pathlib import Path
-    from fedfreeze.launcher import run_local_ranks
+    from fedfreeze.local_ranks import run_local_ranks
     from tests.test_track import ROUNDS, STAGES, SUMMARY, log, services, tracker
 
     def rank(launch):
@@ -482,7 +482,7 @@ def test_wandb_that_is_asked_for_and_missing_is_an_error_at_once(tmp_path, monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)  # a folder called wandb is no package
     with pytest.raises(UnavailableError) as raised:
         tracker(tmp_path / "run", [])
-    assert_one_line(raised.value, "track.wandb is offline", "pip install 'wandb>=0.17'")
+    assert_one_line(raised.value, "track.wandb is offline", "pip install 'wandb>=0.20'")
     assert raised.value.exit_code == ExitCode.UNAVAILABLE
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracker(tmp_path / "run", []).mode == "off"

@@ -83,12 +83,12 @@ class TorchTransport:
 
     def _make_gpu_group(self, timeout_s: float) -> Any:
         """Collective: every rank must call this. Make a group for GPUs; None where two ranks share one."""
-        if self.device.type != "cuda":
-            return None
-        mine = f"{self.host} {torch.cuda.get_device_properties(self.device).uuid}"
+        on_gpu = self.device.type == "cuda"
+        mine = f"{self.host} {torch.cuda.get_device_properties(self.device).uuid}" if on_gpu else "none"
         self.store.set(f"gpu{self.rank}", mine)
-        gpus = {self.store.get(f"gpu{rank}") for rank in range(self.world_size)}
-        if len(gpus) < self.world_size or not dist.is_nccl_available():  # NCCL refuses two ranks on one GPU
+        gpus = {self.store.get(f"gpu{rank}").decode() for rank in range(self.world_size)}
+        # NCCL refuses two ranks on one GPU; and a rank without one is told of where all can hear it
+        if len(gpus) < self.world_size or "none" in gpus or not dist.is_nccl_available():
             return None
         return dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout_s + 60))
 

@@ -58,6 +58,11 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfreeze"
 
 
+def store_folder(config: DataConfig) -> Path:
+    """Return where the decoded data lies, or will. Raises DataError if the source cannot be read."""
+    return cache_folder(config) / f"v{VERSION}-{fingerprint_key(make_source(config))}"
+
+
 def prepare(config: DataConfig) -> Path:
     """Decode the data if no process did before, and return the folder of the store.
 
@@ -67,8 +72,7 @@ def prepare(config: DataConfig) -> Path:
     Written under a temporary name and renamed, so that two processes cannot spoil each other's work and a kill leaves
     nothing half-written under the final name. Raises DataError, StorageError.
     """
-    source = make_source(config)
-    final = cache_folder(config) / f"v{VERSION}-{fingerprint_key(source)}"
+    source, final = make_source(config), store_folder(config)
     try:
         if (final / "meta.json").is_file():
             return final
