@@ -1,12 +1,12 @@
 """Which launcher started this process, and who it is among the ranks."""
 
 import re
-import subprocess
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fedfreeze.errors import ConfigError
+from fedfreeze.slurm import first_node, node_address
 
 # Steps of SLURM that are no steps of the user's: the batch script, an interactive shell, and the like.
 _FIRST_SPECIAL_STEP = 4_294_967_280
@@ -146,24 +146,6 @@ def job_port(environment: Mapping[str, str], job: str) -> int:
     if number.isdecimal() and step.isdecimal():
         return _FIRST_PORT + (int(number) * 31 + int(step) + zlib.crc32(job.encode())) % _PORTS
     return _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
-
-
-def node_address(name: str) -> str:
-    """Return SLURM's address of a node; its name where SLURM's commands are missing, as in containers."""
-    try:
-        found = subprocess.run(["scontrol", "-o", "show", "node", name], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return name
-    address = re.search(r"\bNodeAddr=(\S+)", found.stdout)
-    return address[1] if address else name
-
-
-def first_node(nodes: str) -> str:
-    """Return the first name of a node list such as `n[08-11,20],login1`."""
-    first = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\])?([^,]*)", nodes.strip())
-    if first is None:
-        raise ConfigError(f"SLURM's node list is {nodes!r}, which names no node; set MASTER_ADDR to rank 0's host")
-    return first[1] + (first[2] or "") + first[3]
 
 
 def _tasks_of_node(counts: str, node: str) -> int | None:

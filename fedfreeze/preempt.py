@@ -1,9 +1,7 @@
 """When to save and leave: signals, the job's end, a file in the run folder. Knows nothing of ranks."""
 
 import math
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import Any
 
 from fedfreeze.config import CheckpointConfig
 from fedfreeze.errors import PreemptedError
+from fedfreeze.slurm import seconds_left
 
 # What a round needs beyond its usual time, and the way out: so early is it dropped or not begun.
 _MARGIN_S = 3.0
@@ -143,25 +142,3 @@ class Preemption:
         self._next_look = self.now() + _FILE_S
         if self.wish is None and self.stop_file.exists():
             self.hear(f"the file {self.stop_file}", self.config.grace_s)
-
-
-def seconds_left(environment: Mapping[str, str]) -> float:
-    """Return how long the SLURM job around this process may still run; infinity where nothing tells."""
-    ends = environment.get("SLURM_JOB_END_TIME", "")
-    if not ends.isdecimal():
-        ends = _asked_end(environment.get("SLURM_JOB_ID", ""))
-    return float(ends) - time.time() if ends.isdecimal() else math.inf
-
-
-def _asked_end(job: str) -> str:
-    """Ask SLURM when a job ends; return seconds since 1970, or nothing."""
-    if not job.isdecimal():
-        return ""
-    clock = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
-    try:
-        found = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True, timeout=20, env=clock
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip()

@@ -11,6 +11,7 @@ from fedfreeze import lock
 from fedfreeze.config import Config
 from fedfreeze.config_file import config_difference, config_values, dump_config, read_yaml
 from fedfreeze.errors import ConfigError, storage_error
+from fedfreeze.slurm import job_has_ended
 
 
 class RunFolder:
@@ -113,7 +114,7 @@ class RunFolder:
             return ["took over an unreadable lock"]
         host, pid, job = holder.get("host", "?"), holder.get("pid"), holder.get("job")
         same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")  # requeued: its last life is over
-        if host not in ("?", socket.gethostname()) and not same_job:
+        if host not in ("?", socket.gethostname()) and not same_job and not job_has_ended(job):
             raise ConfigError(
                 f"run folder {self.path} is locked by pid {pid} on {host} (job {job}); if that run is "
                 f"gone, delete {self._lock_path}"

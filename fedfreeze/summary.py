@@ -1,5 +1,6 @@
 """Keeps the books of a run: the records of metrics.jsonl and summary.json."""
 
+import os
 import platform
 import subprocess
 import time
@@ -42,6 +43,8 @@ class History:
             "device": device_name(ranks.device),
             "cap_enforcement": enforcer_name(ranks.device) if config.fleet.enforce else "none",
             "seed": config.seed,
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart": os.environ.get("SLURM_RESTART_COUNT"),
             "git_revision": git_revision(),
             "versions": versions(),
         }

@@ -44,7 +44,7 @@ DEVICE_COLUMNS = ("round", "device", *PER_DEVICE)
 
 _LEVELS = {"off": 0, "disabled": 0, "offline": 1, "dryrun": 1, "online": 2, "run": 2, "shared": 2}
 _MODES = ("off", "offline", "online")
-_NOT_FACTS = ("kind", "name", "round", "hosts", "wandb_id")
+_NOT_FACTS = ("kind", "name", "round", "hosts", "slurm_job", "slurm_restart", "wandb_id")
 
 
 class Tracker:
@@ -133,7 +133,7 @@ class Tracker:
 
     def finish(self, summary: Mapping[str, Any], stages: Sequence[dict[str, Any]]) -> None:
         """Log the closing tables and the figures of summary.json, and wait until all is written (or uploaded)."""
-        figures = scalars(summary)
+        figures = public_facts(scalars(summary))
         if "stages" in figures:
             figures["num_stages"] = figures.pop("stages")  # that name is the table's
         self.stages = self.stages or list(stages)  # a checkpoint may have other ideas of the order of columns

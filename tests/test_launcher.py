@@ -1,15 +1,12 @@
 """Who a process is among the ranks, from what each launcher sets; and where the ranks meet."""
 
-import subprocess
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfreeze import launcher
 from fedfreeze.errors import ConfigError
-from fedfreeze.launcher import Launch, check_job, detect_launch, first_node, job_port, need_address
+from fedfreeze.launcher import Launch, check_job, detect_launch, job_port, need_address
 
 TORCHRUN = {
     "RANK": "3",
@@ -150,68 +147,9 @@ def test_ranks_on_several_hosts_need_an_address() -> None:
     need_address(detect_launch(STEP))
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("n1", "n1"),
-        ("n[1-2]", "n1"),
-        ("gpu[008-011,020],login1", "gpu008"),
-        ("a,b,c", "a"),
-        ("rack[3]-node,x", "rack3-node"),
-        ("c1-[07,09]-ib", "c1-07-ib"),
-    ],
-)
-def test_first_node_of_a_list(nodes: str, first: str) -> None:
-    assert first_node(nodes) == first
-
-
-@given(
-    prefix=st.from_regex(r"[a-z][a-z0-9-]{0,8}[a-z]", fullmatch=True),
-    numbers=st.lists(st.integers(0, 999), min_size=1, max_size=5),
-    width=st.integers(1, 4),
-)
-def test_first_node_property(prefix: str, numbers: list[int], width: int) -> None:
-    names = [f"{number:0{width}d}" for number in numbers]
-    assert first_node(f"{prefix}[{','.join(names)}]") == f"{prefix}{names[0]}"
-    assert first_node(",".join(f"{prefix}{name}" for name in names)) == f"{prefix}{names[0]}"
-
-
 @given(job=st.integers(1, 2**31), step=st.integers(0, 100), text=st.text())
 def test_ports_are_above_the_wellknown_and_below_the_ephemeral(job: int, step: int, text: str) -> None:
     environment = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
     assert 20_000 <= job_port(environment, "") < 40_000
     assert 20_000 <= job_port({}, text) < 40_000
     assert job_port(environment, "") != job_port(environment | {"SLURM_STEP_ID": str(step + 1)}, "")
-
-
-class TestNodeAddress:
-    """Undo the fixture above: here it is asked."""
-
-    @pytest.fixture
-    def ask(self, monkeypatch: pytest.MonkeyPatch) -> Any:
-        import importlib
-
-        fresh = importlib.util.find_spec("fedfreeze.launcher")
-        assert fresh is not None
-        assert fresh.loader is not None
-        module = importlib.util.module_from_spec(fresh)
-        fresh.loader.exec_module(module)
-
-        def ask(answer: Any) -> str:
-            def run(*arguments: Any, **options: Any) -> Any:
-                if isinstance(answer, Exception):
-                    raise answer
-                return subprocess.CompletedProcess(arguments, 0, stdout=answer, stderr="")
-
-            monkeypatch.setattr(module.subprocess, "run", run)
-            found: str = module.node_address("n7")
-            return found
-
-        return ask
-
-    def test_is_what_slurm_says(self, ask: Any) -> None:
-        assert ask("NodeName=n7 Arch=x86_64 NodeAddr=10.1.2.3 NodeHostName=vm Version=22\n") == "10.1.2.3"
-
-    @pytest.mark.parametrize("answer", [FileNotFoundError(), subprocess.TimeoutExpired("scontrol", 20), "", "nothing"])
-    def test_is_the_name_where_slurm_is_silent(self, ask: Any, answer: Any) -> None:
-        assert ask(answer) == "n7"

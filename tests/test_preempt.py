@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfreeze import preempt
 from fedfreeze.config import CheckpointConfig
 from fedfreeze.errors import ExitCode, PreemptedError
-from fedfreeze.preempt import Preemption, seconds_left
+from fedfreeze.preempt import Preemption
 
 MARGIN_S = 3.0
 
@@ -199,29 +197,3 @@ def test_before_the_first_round_it_ends_the_run_at_once(installed: Preemption) -
     with pytest.raises(PreemptedError, match="signal SIGUSR2 before the first round") as caught:
         os.kill(os.getpid(), signal.SIGUSR2)
     assert caught.value.exit_code == ExitCode.RUN_AGAIN
-
-
-# --- the job's end
-
-
-def test_seconds_left_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preempt.time, "time", lambda: 1_000_000.0)
-    assert seconds_left({"SLURM_JOB_END_TIME": "1000060"}) == 60
-    assert seconds_left({}) == math.inf
-    assert seconds_left({"SLURM_JOB_END_TIME": "Unknown"}) == math.inf
-
-
-@pytest.mark.parametrize(
-    ("answer", "left"),
-    [("1000090\n", 90.0), ("Unknown\n", math.inf), ("", math.inf), (FileNotFoundError(), math.inf)],
-)
-def test_seconds_left_by_asking_slurm(monkeypatch: pytest.MonkeyPatch, answer: str | Exception, left: float) -> None:
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        assert command[:4] == ["squeue", "-h", "-j", "12"]
-        if isinstance(answer, Exception):
-            raise answer
-        return subprocess.CompletedProcess(command, 0, stdout=answer, stderr="")
-
-    monkeypatch.setattr(preempt.time, "time", lambda: 1_000_000.0)
-    monkeypatch.setattr(preempt.subprocess, "run", run)
-    assert seconds_left({"SLURM_JOB_ID": "12"}) == left

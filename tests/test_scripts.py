@@ -324,15 +324,9 @@ def test_an_mpirun_of_nobody_is_told(tmp_path: Path) -> None:
     assert "neither Open MPI nor MPICH: unknown 1" in done.stderr
 
 
-LAUNCHERS = [
-    "torchrun",
-    pytest.param(
-        "mpirun",
-        marks=pytest.mark.skipif(
-            shutil.which("mpirun") is None, reason="there is no mpirun; on Debian: apt-get install openmpi-bin"
-        ),
-    ),
-]
+MPIRUN = pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="there is no mpirun; on Debian: apt-get install openmpi-bin"
+)
 
 
 @pytest.fixture(scope="module")
@@ -350,9 +344,14 @@ def launch(folder: Path, launcher: str, **environment: str) -> subprocess.Popen[
     return start(folder, "bash", script, "2", "small.yaml", "--run-dir", "run", PYTHON=sys.executable, **environment)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
-    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["USR1", "TERM"]
+    ("launcher", "number"),
+    [
+        pytest.param("mpirun", signal.SIGUSR1, marks=MPIRUN, id="mpirun USR1"),
+        pytest.param("mpirun", signal.SIGTERM, marks=[MPIRUN, pytest.mark.slow], id="mpirun TERM"),
+        pytest.param("torchrun", signal.SIGUSR1, marks=pytest.mark.slow, id="torchrun USR1"),
+        pytest.param("torchrun", signal.SIGTERM, marks=pytest.mark.slow, id="torchrun TERM"),
+    ],
 )
 def test_a_run_that_was_told_to_leave_goes_on_to_the_same_bits(
     launcher: str, number: int, tmp_path: Path, undisturbed: Path
@@ -371,7 +370,7 @@ def test_a_run_that_was_told_to_leave_goes_on_to_the_same_bits(
     assert sha256(tmp_path / "run") == sha256(undisturbed)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=[MPIRUN, pytest.mark.slow])])
 def test_a_killed_rank_is_a_restart_to_the_same_bits(launcher: str, tmp_path: Path, undisturbed: Path) -> None:
     write_config(tmp_path)
     process = launch(tmp_path, launcher)

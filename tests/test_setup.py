@@ -17,7 +17,7 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 # Ground floor first: a module imports only from its own floor or those below it.
 FLOORS = [
-    {"errors", "lock", "seeds", "config", "aggregate", "flat", "reports", "launcher", "cap", "quiet_wandb"},
+    {"errors", "lock", "seeds", "config", "aggregate", "flat", "reports", "launcher", "cap", "quiet_wandb", "slurm"},
     {"local_ranks", "preempt"},
     {"device_classes", "fleet_csv", "compute"},
     {"config_file", "plugins", "chain", "models", "fleet", "comm"},

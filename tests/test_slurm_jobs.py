@@ -18,6 +18,8 @@ FAKE = str(ROOT / "tests" / "fake_fedfreeze.sh")
 # small shares of the emulated nodes, so that jobs of one test run side by side
 SMALL_TASKS = ("--nodes=1", "--ntasks-per-node=1", "--mem-per-cpu=100")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+# seconds between round 3 and the end, also on a fast machine: SLURM and the file `stop` take one or two
+ENOUGH = {"train": {"local_epochs": 3}}
 LONG = {"train": {"rounds": 40, "local_epochs": 4}, "pace": {"slope_limit": 1e-9}}
 
 
@@ -42,7 +44,7 @@ def wait_for_file(slurm: SlurmJobs, job: str, path: Path) -> None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny experiment on one rank, with nothing in its way."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run(command(write_config(folder), folder / "run")).returncode == 0
+    assert run(command(write_config(folder, **ENOUGH), folder / "run")).returncode == 0
     return folder / "run"
 
 
@@ -64,7 +66,7 @@ def test_a_run_that_slurm_signals_is_requeued_and_reaches_the_same_bits(
     slurm: SlurmJobs, tmp_path: Path, undisturbed: Path
 ) -> None:
     """`scancel --signal=USR1 --batch` is what SLURM does before a time limit, without the waiting."""
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, **ENOUGH)
     job = submit(slurm, tmp_path, "cpu.sbatch", config.name, options=TWO_NODES)
     wait_for_rounds(slurm, job, tmp_path / "runs" / "small", 3)
     slurm.call("scancel", "--signal=USR1", "--batch", job)
@@ -94,7 +96,7 @@ def test_a_job_for_gpus_is_preempted_and_goes_on(
     file: str, tasks: str, slurm: SlurmJobs, tmp_path: Path, undisturbed: Path
 ) -> None:
     """The GPUs exist for SLURM alone; the ranks compute on the CPU."""
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, **ENOUGH)
     # one rank a node, and all of the node, so that the urgent job needs its place
     options = ("--exclusive", "--nodes=2", tasks, "--cpus-per-task=8", "--mem-per-cpu=1000")
     job = submit(slurm, tmp_path, file, config.name, options=options, NPROC="1")
@@ -116,7 +118,7 @@ def test_a_job_for_gpus_is_preempted_and_goes_on(
 
 @pytest.mark.slow
 def test_a_lost_rank_is_a_restart_within_the_job(slurm: SlurmJobs, tmp_path: Path, undisturbed: Path) -> None:
-    config = write_config(tmp_path)
+    config = write_config(tmp_path, **ENOUGH)
     job = submit(slurm, tmp_path, "cpu.sbatch", config.name, options=TWO_NODES)
     wait_for_rounds(slurm, job, tmp_path / "runs" / "small", 3)
     slurm.kill_task(job, 1)

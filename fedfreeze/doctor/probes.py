@@ -25,9 +25,9 @@ from fedfreeze.config import CheckpointConfig, Config, DataConfig, TrainConfig
 from fedfreeze.data.sources import EMBEDDED
 from fedfreeze.data.store import cache_folder, open_store, store_folder
 from fedfreeze.errors import ExitCode, FedfreezeError, UnavailableError, one_line, out_of_memory, storage_error
-from fedfreeze.preempt import seconds_left
 from fedfreeze.quiet_wandb import bounded
 from fedfreeze.run_folder import RunFolder
+from fedfreeze.slurm import seconds_left
 from fedfreeze.stage import LocalTrainer, Stage
 from fedfreeze.track import make_tracker, wandb_installed
 
