@@ -1,5 +1,6 @@
 """What the user sees: a bar at a terminal, one line a round in a log, stage changes, failures, a closing table."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Reporter:
         self.progress: Progress | None = None
         self.max_rounds = 0
         self.num_stages = 0
+        self.timeout_s = math.inf
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one; never wrapped, so that logs can be searched."""
@@ -70,6 +72,7 @@ class Reporter:
         """Say what runs, where, and who enforces the caps."""
         self.max_rounds = config.train.rounds
         self.num_stages = len(coordinator.costs.stages)
+        self.timeout_s = config.comm.timeout_s if ranks.world_size > 1 else math.inf
         facts = history.facts
         self.say(f"{config.name}: {config.method.name}, {config.model.label} on {facts['dataset']}, seed {config.seed}")
         self.say(
@@ -110,6 +113,12 @@ class Reporter:
 
     def round_end(self, record: dict[str, Any]) -> None:
         """Say how a round went."""
+        if record["wall_s"] > self.timeout_s / 2:
+            self.notice(
+                f"a round took {record['wall_s']:.0f} s: ranks that wait longer than {self.timeout_s:g} s for another "
+                "give up; raise comm.timeout_s"
+            )
+            self.timeout_s = math.inf  # said once
         by_reason: dict[str, list[str]] = {}
         late = {str(device) for device in record["late"]}  # their number stands in the line of the round
         for device, reason in record["failed"].items():

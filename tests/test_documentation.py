@@ -42,6 +42,7 @@ APPENDED = {
     "fedfreeze run digits --name=digits-seed1 --seed=1": SHORT,
     "fedfreeze run digits --name=selected --select.name=smartfreeze": SHORT,
     "fedfreeze run digits --name=oort --select.name=oort": SHORT,
+    "bash launch/torchrun.sh 2 digits": [*SHORT, "--name=by-torchrun"],
 }
 
 FEDAVG = "fedfreeze run digits --name=fedavg --method.name=fedavg --fleet.enforce=false --train.rounds=35"
@@ -62,9 +63,11 @@ NEEDS = {
     ),
     "fedfreeze run cifar10 --name=hub --data.cache_dir=CACHE": "fedfreeze fetch cifar10 --data.cache_dir=CACHE",
     "fedfreeze sync --offline runs/tracked": "fedfreeze run digits --name=tracked --track.wandb=offline",
+    "fedfreeze sync --offline runs/digits": "fedfreeze run digits",
 }
 
 INSTALLS = "it installs packages from the network"
+NEEDS_SLURM = "it needs SLURM; tests/test_slurm_jobs.py runs it"
 NOT_RUN = {
     "bash launch/quickstart.sh": INSTALLS,
     "bash tests/run.sh": "it installs packages from the network, and runs these very tests",
@@ -72,6 +75,11 @@ NOT_RUN = {
     ". .venv/bin/activate": "the environment of the tests is the one to test",
     "pip install -c constraints-cpu.txt -e '.[test]'": INSTALLS,
     "pip install 'wandb>=0.20'": INSTALLS,
+    "pip install -e '.[wandb,mpi]'": INSTALLS,
+    "pip install -c constraints-cpu.txt -e '.[wandb,mpi]'": INSTALLS,
+    "MPICC=mpicc pip install --no-cache-dir --no-binary=mpi4py --force-reinstall mpi4py": INSTALLS,
+    'python -c "from mpi4py import MPI; print(MPI.Get_library_version())"': "it needs MPI",
+    "fedfreeze sync runs/digits": "it needs an account and the network",
     "fedfreeze sync runs/tracked": "it needs an account and the network",
     "wandb sync runs/tracked/wandb/sync/offline-run-*": "it needs an account and the network",
     "python benchmarks/sweep.py digits benchmarks/tables/methods_and_selectors.txt OUT --train.rounds=50": (
@@ -80,6 +88,17 @@ NOT_RUN = {
     "fedfreeze compare OUT/*/ --target 0.97 --out report": "it compares those 42 runs",
     "mpirun -n 4 fedfreeze doctor digits --comm.transport=mpi": "it needs MPI; tests/test_doctor.py runs it",
     "srun fedfreeze doctor digits --ranks 8": "it needs SLURM; tests/test_doctor.py runs it",
+    "srun --nodes=2 --ntasks-per-node=2 --time=5 fedfreeze doctor digits --ranks 4": (
+        "it needs SLURM; tests/test_doctor.py runs it"
+    ),
+    "sbatch slurm/cpu.sbatch digits": NEEDS_SLURM,
+    "sbatch --nodes=2 --ntasks-per-node=1 slurm/cpu.sbatch digits --track.wandb=offline --data.cache_dir=CACHE": (
+        NEEDS_SLURM
+    ),
+    "fedfreeze compare runs/seeds/seed0 runs/seeds/seed1": "it compares the runs of a job array",
+    "bash launch/mpirun.sh 2 digits --comm.transport=mpi --checkpoint.time_limit_s=14000": (
+        "it needs MPI; tests/test_scripts.py runs it with a stand-in for mpirun"
+    ),
 }
 
 # What takes more than a few seconds and is not the first thing that a reader types.
@@ -101,6 +120,8 @@ SLOW = {
     "torchrun --nproc-per-node=2 -m fedfreeze run digits --name=under-torchrun",
     "fedfreeze run digits --name=tracked --track.wandb=offline",
     "fedfreeze sync --offline runs/tracked",
+    "fedfreeze sync --offline runs/digits",
+    "bash launch/torchrun.sh 2 digits",
 }
 
 
