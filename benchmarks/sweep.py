@@ -16,8 +16,8 @@ from pathlib import Path
 
 from fedfreeze.config_file import load_config
 from fedfreeze.errors import ConfigError
-from fedfreeze.experiment import run_rank
 from fedfreeze.launcher import Launch
+from fedfreeze.session import run_rank
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def run_one(task: tuple[str, list[str], Path, str, int]) -> tuple[str, int, floa
     os.dup2(log, 2)
     try:
         config = load_config(config_name, [*overrides, f"--name={label}", f"--seed={seed}"])
-        code = run_rank(config, out / label, Launch("none", 0, 1, 0, 1, ""))
+        code = run_rank(config, out / label, Launch("none"))
     except ConfigError as error:
         print(f"fedfreeze: error: {error}", flush=True)
         code = int(error.exit_code)

@@ -14,7 +14,15 @@ from typing import Any
 import fedfreeze
 from fedfreeze.config import Config
 from fedfreeze.config_file import load_config, shipped_experiments
-from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError, exit_code_help, one_line, out_of_memory
+from fedfreeze.errors import (
+    ConfigError,
+    ExitCode,
+    FedfreezeError,
+    PreemptedError,
+    exit_code_help,
+    one_line,
+    out_of_memory,
+)
 from fedfreeze.launcher import Launch, check_job, detect_launch
 from fedfreeze.local_ranks import interrupt_once, run_local_ranks
 from fedfreeze.preempt import Preemption
@@ -33,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except FedfreezeError as error:
         if _speaks_for_all():
-            print(f"fedfreeze: error: {one_line(error)}", file=sys.stderr, flush=True)
+            kind = "notice" if isinstance(error, PreemptedError) else "error"
+            print(f"fedfreeze: {kind}: {one_line(error)}", file=sys.stderr, flush=True)
         else:
             time.sleep(1.0)  # torchrun ends all ranks when the first leaves: let rank 0 speak
         return int(error.exit_code)
@@ -65,8 +74,10 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     run_dir = Path(options.run_dir or Path("runs") / config.name)
     preemption = Preemption(config.checkpoint, os.environ)
     preemption.install()
+    # or torch's own lines, stack traces among them, come before ours where ranks do not find each other
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        from fedfreeze.experiment import note_exit_code, run_rank  # here: a mistake is told without importing torch
+        from fedfreeze.session import note_exit_code, run_rank  # here: a mistake is told without importing torch
 
         signal.signal(signal.SIGINT, interrupt_once())
         if nproc > 1:
@@ -81,6 +92,8 @@ def _run(config: Config, options: argparse.Namespace) -> int:
 def _launch(config: Config, nproc: int | None) -> tuple[Launch, int]:
     """Return who this process is and how many ranks it shall start itself. Raises ConfigError where both start some."""
     launch = detect_launch(os.environ, os.getppid())
+    if (nproc or 1) > 1 and launch.launcher == "srun" and launch.world_size == 1:
+        launch = Launch("none")  # as in an interactive step
     if (nproc or 1) > 1 and launch.launcher != "none":
         raise ConfigError(f"--nproc {nproc} under {launch.launcher}, which starts the ranks itself; drop it")
     if (nproc or 1) > 1 and config.comm.transport == "mpi":

@@ -297,6 +297,8 @@ class CommConfig:
     timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 1800.0
     """Seconds after which a collective that a rank does not join is given up (exit code 76), although it is alive: more
     than the ranks of a round can lie apart."""
+    join_s: Annotated[float, Field(ge=1, le=1e5)] = 300.0
+    """Seconds within which all ranks must have come together at the start (exit code 76)."""
     heartbeat_s: Annotated[float, Field(ge=1, le=1e5)] = 30.0
     """Seconds without a sign of life after which a rank counts as lost (exit code 76); a slow rank goes on giving
     them, and one that has died is noticed at once."""
@@ -328,8 +330,8 @@ class CheckpointConfig:
     term_grace_s: Annotated[float, Field(ge=0, le=1e6)] = 20.0
     """Seconds between SIGTERM and SIGKILL, likewise."""
     time_limit_s: PositiveFloat | None = None
-    """Seconds after which to save and leave (exit code 75), where no SLURM tells when the job ends; a round that cannot
-    be done by then is not begun; none: no limit."""
+    """Seconds from the start after which to save and leave (exit code 75), where no SLURM tells when the job ends; a
+    round that cannot be done by then is not begun; none: no limit."""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)

@@ -1,23 +1,20 @@
-"""The program of one rank: set up, resume, rounds, stage changes, end."""
+"""An experiment on one rank: set up, resume, rounds, stage changes, deployment."""
 
 import hashlib
 import json
-import signal
-import socket
 import time
-import traceback
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedfreeze.aggregate import device_weight
 from fedfreeze.blocks import build_network
 from fedfreeze.cap import MIB
 from fedfreeze.checkpoint import Checkpoint, CheckpointStore, weight_bytes
-from fedfreeze.comm import Ranks, launch_by_mpi
-from fedfreeze.compute import choose_device, keep_freed_memory
+from fedfreeze.comm import Ranks
 from fedfreeze.config import Config
 from fedfreeze.coordinator import Coordinator
 from fedfreeze.cost import fit_method, measure_costs
@@ -27,17 +24,13 @@ from fedfreeze.errors import (
     ConfigError,
     DataError,
     ExitCode,
-    FedfreezeError,
     PreemptedError,
-    RankLostError,
-    out_of_memory,
 )
 from fedfreeze.fleet import Fleet, make_fleet
-from fedfreeze.launcher import Launch
 from fedfreeze.methods import Method, make_method, method_class
 from fedfreeze.pace import PerturbationWindow
 from fedfreeze.partition_summary import summarise
-from fedfreeze.plugins import own_code, own_frame
+from fedfreeze.plugins import own_code
 from fedfreeze.preempt import Preemption
 from fedfreeze.report import Reporter
 from fedfreeze.round import RoundResult, run_round
@@ -46,124 +39,13 @@ from fedfreeze.summary import History
 from fedfreeze.train import Emulator
 
 
-def run_rank(config: Config, run_dir: Path, launch: Launch, preemption: Preemption) -> int:
-    """Collective: every rank must call this. Run an experiment to the end and return the exit code.
+@dataclass(frozen=True)
+class Unsaved:
+    """The end of a round after which no checkpoint was due, in case that the next is dropped."""
 
-    Errors are told once, by rank 0; its own loss by all others.
-    """
-    reporter = Reporter(quiet=launch.rank != 0, launcher=launch.launcher)
-    session = Session(config, run_dir, preemption, reporter)
-    code = int(ExitCode.INTERNAL)
-    try:
-        code = _told(session, config, launch, reporter)
-    finally:
-        session.leave(code)
-    return code
-
-
-def _told(session: "Session", config: Config, launch: Launch, reporter: Reporter) -> int:
-    """Collective: every rank must call this. Run, and turn whatever ends the run into words and an exit code."""
-    try:
-        return session.run(launch)
-    except PreemptedError as error:
-        reporter.notice(f"{error}: left; the last checkpoint stands, run again to go on")
-        return error.exit_code
-    except RankLostError as error:
-        root_lost = session.ranks is not None and session.ranks.lifeline.root_lost
-        if root_lost and launch.launcher != "nproc":  # whose parent tells it
-            reporter.quiet = False
-        reporter.error(error)
-        return error.exit_code
-    except FedfreezeError as error:
-        reporter.error(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        reporter.notice("interrupted; the last checkpoint stands, run again to go on")
-        return ExitCode.INTERRUPTED
-    except Exception as error:
-        too_large = out_of_memory(error)
-        if too_large is not None:
-            reporter.crash(f"error: {too_large}")
-            return too_large.exit_code
-        own = own_frame(error, [config.model.factory, config.method.name, config.select.name, config.pace.policy])
-        blame = f"error in code of your own ({own})" if own else "internal error"
-        reporter.crash(f"{blame}, rank {launch.rank} on {socket.gethostname()}:\n{traceback.format_exc()}")
-        return ExitCode.INTERNAL
-    finally:
-        reporter.close()
-
-
-class Session:
-    """What a rank holds from its first collective to its last breath, whatever comes between."""
-
-    def __init__(self, config: Config, run_dir: Path, preemption: Preemption, reporter: Reporter):
-        self.config = config
-        self.folder = RunFolder(run_dir)
-        self.preemption = preemption
-        self.reporter = reporter
-        self.ranks: Ranks | None = None
-
-    def run(self, launch: Launch) -> int:
-        """Collective: every rank must call this. Set up, train, and leave the group and the folder in order."""
-        config, folder, reporter, preemption = self.config, self.folder, self.reporter, self.preemption
-        # set before anything computes: the bits depend on it, and launchers set it to all sorts of values
-        torch.set_num_threads(config.train.threads_per_rank)
-        if config.comm.transport == "mpi":
-            launch = launch_by_mpi(launch)
-            reporter.quiet = launch.rank != 0
-        device = choose_device(config.train.device, launch.local_rank)
-        keep_freed_memory()
-        is_root = launch.rank == 0
-        self.ranks = ranks = Ranks(
-            launch, device, config.comm, poll=lambda: preemption.message(root=is_root), hear_wish=preemption.hear
-        )
-        history = None
-        try:
-            if ranks.decide(lambda: _open_folder(folder, config, reporter)):
-                return ExitCode.DONE
-            history = History(config, folder, launch, ranks) if is_root else None
-            ranks.decide(lambda: history.track(reporter.notice) if history else None)
-            code = Experiment(config, folder, ranks, device, reporter, history, preemption).run()
-            ranks.close()
-            return code
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the way out
-            if history is not None and history.begun:
-                history.failed(error)
-            raise
-        finally:
-            folder.close()
-
-    def leave(self, code: int) -> None:
-        """Tell the other ranks how this one leaves; where rank 0 was lost, rank 1 keeps its books."""
-        if self.ranks is not None:
-            self.ranks.leave(code)
-            if self.ranks.rank == 1 and self.ranks.lifeline.root_lost:
-                note_exit_code(self.folder.path, ExitCode.RANK_LOST, self.ranks.lifeline.lost)
-
-
-def note_exit_code(run_dir: Path, code: int, error: str | None = None) -> None:
-    """Have summary.json say how the ranks ended, where rank 0 could not, or knew only that another was gone."""
-    folder = RunFolder(run_dir)
-    summary = folder.read_summary()
-    if summary is None:
-        return
-    if summary.get("status") == "running" and code == ExitCode.RANK_LOST:
-        folder.write_summary(summary | {"status": "failed", "exit_code": int(code), "error": error})
-    elif summary.get("exit_code") == ExitCode.RANK_LOST and code == ExitCode.INTERNAL:
-        folder.write_summary(summary | {"exit_code": int(code)})
-
-
-def _open_folder(folder: RunFolder, config: Config, reporter: Reporter) -> bool:
-    """Lock the folder; tell whether the run in it is finished already."""
-    for notice in folder.open(config):
-        reporter.notice(notice)
-    summary = folder.read_summary()
-    if summary is not None and summary.get("status") == "finished":
-        reporter.notice(f"{folder.path} is finished already (accuracy {summary.get('final_accuracy')})")
-        return True
-    return False
+    state: dict[str, Any]
+    values: torch.Tensor
+    updates: list[tuple[int, np.ndarray]]
 
 
 class Experiment:
@@ -186,6 +68,7 @@ class Experiment:
         self.reporter = reporter
         self.history = history
         self.preemption = preemption
+        self._unsaved: Unsaved | None = None
         self.coordinator: Coordinator | None = None
         self.store = ranks.together(lambda: prepare(config.data))
         self.data: Data = ranks.together(lambda: open_store(self.store))
@@ -228,13 +111,17 @@ class Experiment:
         self.preemption.arm(root=self.ranks.is_root, stop_file=self.folder.stop_path)
         if not ended:
             self.emulator.enter_stage(stage)
-        told: dict[str, Any] = self.ranks.decide(self._between_rounds)
+        told: dict[str, Any] = self.ranks.decide(lambda: {"stop": self.preemption.reason_to_stop(), "save": False})
         while not ended:
             if told["stop"] is not None:
                 raise PreemptedError(told["stop"])
             started = time.monotonic()
             self.preemption.round_begins()
-            result = run_round(self.ranks, self.coordinator, self.window, self.emulator)
+            try:
+                result = run_round(self.ranks, self.coordinator, self.window, self.emulator)
+            except PreemptedError:
+                self._save_finished_rounds()
+                raise
             # rank 0 writes; if it cannot, every rank leaves with the same error
             told = self.ranks.decide(partial(self._record, result, started))
             verdict = result.verdict
@@ -248,6 +135,9 @@ class Experiment:
                     self.emulator.enter_stage(stage)
             if verdict.checkpoint or told["save"] or told["stop"] is not None:
                 self.ranks.decide(self._checkpoint)
+            elif self.ranks.is_root:
+                self._unsaved = Unsaved(self._state(), self.emulator.values, list(self.window.updates))
+            self.preemption.round_ends()
             ended = verdict.stop
         self.ranks.decide(lambda: self._finish(stage))
         if self.history is not None:
@@ -297,6 +187,7 @@ class Experiment:
             tensor.copy_(found.tensors[name])
         self.coordinator.load_state_dict(found.state["coordinator"])
         self.history.load_state_dict(found.state["history"])
+        self.preemption.remember(found.state.get("round_s", 0.0))
         self.window.clear()
         for number, update in found.updates:
             self.window.updates.append((number, update))
@@ -332,20 +223,36 @@ class Experiment:
             self.reporter.stage_end(stage_record)
             if not result.verdict.stop:
                 self.coordinator.advance()
-        self.preemption.round_ends()
         return self._between_rounds()
 
     def _checkpoint(self) -> None:
+        self.emulator.settle()
+        state = self._state()
+        self.checkpoints.save(state["coordinator"]["round"], self.method.state_dict(), state, self.window.updates)
+        self._unsaved = None
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides tensors, as of the end of this round, whatever changes later."""
         assert self.coordinator is not None
         assert self.history is not None
-        self.emulator.settle()
         state: dict[str, Any] = {
             "coordinator": self.coordinator.state_dict(),
             "history": self.history.state_dict(),
             "metrics_bytes": self.folder.metrics_bytes(),
             "inputs": self._inputs(),
+            "round_s": self.preemption.round_s,
         }
-        self.checkpoints.save(self.coordinator.round, self.method.state_dict(), state, self.window.updates)
+        copied: dict[str, Any] = json.loads(json.dumps(state))
+        return copied
+
+    def _save_finished_rounds(self) -> None:
+        """On rank 0, without the others: the round in progress is dropped, but not those before it."""
+        if self._unsaved is not None:
+            unsaved = self._unsaved
+            self.emulator.values = unsaved.values
+            self.emulator.settle()
+            tensors = self.method.state_dict()
+            self.checkpoints.save(unsaved.state["coordinator"]["round"], tensors, unsaved.state, unsaved.updates)
 
     def _finish(self, stage: int) -> None:
         """Deploy the network and close the books."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 
-from fedfreeze.errors import ExitCode
+from fedfreeze.errors import ExitCode, FedfreezeError
 from fedfreeze.launcher import Launch
 
 # How long surviving local ranks may take to notice a lost one and leave by themselves.
@@ -19,7 +19,7 @@ _GRACE_S = 10.0
 _SAME_INTERRUPT_S = 2.0
 
 # What a rank obeys, and its parent may be told in its place.
-_PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+_PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
 
 
 def interrupt_once() -> Callable[[int, object], None]:
@@ -69,6 +69,8 @@ def _local_rank(launch: Launch, rank_main: Callable[[Launch], int], parent: int,
         code = rank_main(launch)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
+    except FedfreezeError as error:  # a signal to leave, before anything had begun
+        code = error.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not through the parent's exit handlers, which are not this process's to run

@@ -1,5 +1,6 @@
 """When to save and leave: signals, the job's end, a file in the run folder. Knows nothing of ranks."""
 
+import contextlib
 import math
 import signal
 import time
@@ -50,6 +51,7 @@ class Preemption:
         self.end_s = math.inf
         """When the job ends, on the monotonic clock."""
         self.stop_file: Path | None = None
+        self._started = now()
         self._armed = False
         self._before: dict[int, Any] = {}
         self._rounds: list[float] = []
@@ -58,8 +60,10 @@ class Preemption:
         self._next_look = -math.inf
 
     def install(self) -> None:
-        """Take SIGUSR1, SIGUSR2 and SIGTERM as wishes: before the first round they end the run at once."""
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        """Take SIGUSR1, SIGUSR2, SIGTERM and SIGHUP as wishes: before the first round they end the run at once."""
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._before[number] = signal.signal(number, self._signalled)
 
     def uninstall(self) -> None:
@@ -68,18 +72,18 @@ class Preemption:
             signal.signal(number, handler)
 
     def _signalled(self, number: int, frame: object) -> None:
-        grace_s = self.config.term_grace_s if number == signal.SIGTERM else self.config.grace_s
-        self.hear(f"signal {signal.Signals(number).name}", grace_s)
-        if not self._armed:
+        urgent = number in (signal.SIGTERM, signal.SIGHUP)
+        again = self.wish is not None
+        self.hear(f"signal {signal.Signals(number).name}", self.config.term_grace_s if urgent else self.config.grace_s)
+        if not self._armed and not again:  # a second one must not break into the way out after the first
             raise PreemptedError(f"{self.wish.reason if self.wish else 'a signal'} before the first round")
 
     def arm(self, *, root: bool, stop_file: Path) -> None:
         """From now on wishes are noted and obeyed at the right moment; rank 0 also watches the job's end and a file."""
         if root:
             self.stop_file = stop_file
-            started = self.now()
             limit = math.inf if self.config.time_limit_s is None else self.config.time_limit_s
-            self.end_s = started + min(limit, seconds_left(self.environment))
+            self.end_s = min(self._started + limit, self.now() + seconds_left(self.environment))
         self._armed = True
 
     def hear(self, reason: str, grace_s: float) -> None:
@@ -98,6 +102,11 @@ class Preemption:
             self._rounds = [*self._rounds, self.now() - self._began][-_REMEMBERED_ROUNDS:]
         self._began = None
 
+    def remember(self, round_s: float) -> None:
+        """Take over how long rounds took before a restart; 0: not known."""
+        if round_s > 0:
+            self._rounds = [round_s]
+
     @property
     def round_s(self) -> float:
         """Seconds that a round is expected to take; 0 before the first."""
@@ -109,21 +118,27 @@ class Preemption:
         if self.wish is not None:
             return self.wish.reason
         left = self.end_s - self.now()
-        if left < self.round_s + _MARGIN_S:
-            return f"the job ends in {max(left, 0):.0f} s, and a round takes up to {self.round_s:.0f} s"
-        return None
+        began = self._began
+        needed = max(self.round_s, 0.0 if began is None else self.now() - began)
+        if left >= needed + _MARGIN_S:
+            return None
+        if needed:
+            return f"the time ends in {max(left, 0):.0f} s, and a round takes up to {needed:.0f} s"
+        return f"the time ends in {max(left, 0):.0f} s, before a first round can be done; give the job more"
 
     def reason_to_drop(self) -> str | None:
         """Return why the round in progress shall be dropped: there is no time for the rest of it. None: go on."""
         self._look_for_file()
-        if self._began is None:
+        began = self._began  # the other thread may change it
+        if began is None:
             return None
-        rest = max(self.round_s - (self.now() - self._began), 0.0)
+        rest = max(self.round_s - (self.now() - began), 0.0)
         deadline = min(self.end_s, math.inf if self.wish is None else self.wish.deadline_s)
         if self.now() + rest + _MARGIN_S <= deadline:
             return None
-        reason = "the job ends" if self.wish is None else self.wish.reason
-        return f"{reason}, {max(deadline - self.now(), 0):.0f} s are left and the round needs {rest:.0f} s more"
+        reason = "the time ends" if self.wish is None else self.wish.reason
+        needs = f"{rest:.0f} s more" if rest or self._rounds else "longer"
+        return f"{reason}, {max(deadline - self.now(), 0):.0f} s are left and the round needs {needs}"
 
     def message(self, *, root: bool) -> dict[str, str | float] | None:
         """Return what this rank has to tell by the lifeline: its own wish, once; rank 0, that the round is dropped."""
@@ -140,5 +155,8 @@ class Preemption:
         if self.stop_file is None or self.now() < self._next_look:
             return
         self._next_look = self.now() + _FILE_S
-        if self.wish is None and self.stop_file.exists():
+        with contextlib.suppress(OSError):  # a network file system that stutters: look again in a second
+            there = self.stop_file.exists()
+            if not there or self.wish is not None:
+                return
             self.hear(f"the file {self.stop_file}", self.config.grace_s)

@@ -87,6 +87,8 @@ class Reporter:
                 "normalisation; lower fleet.devices or raise data.alpha"
             )
         here, cores = ranks.rank_hosts.count(ranks.rank_hosts[0]), len(os.sched_getaffinity(0))
+        if facts["launcher"] in ("mpirun", "srun"):  # which may bind each rank to a core of its own
+            cores = max(cores, os.cpu_count() or 1)
         if ranks.device.type == "cpu" and here * config.train.threads_per_rank > cores:
             self.notice(
                 f"{here} rank(s) of {config.train.threads_per_rank} thread(s) on the {cores} cores of this host: "

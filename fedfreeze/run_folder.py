@@ -139,7 +139,7 @@ class RunFolder:
                 raise ConfigError(
                     f"run folder {self.path} holds another run: {difference}; use another --run-dir or --name"
                 )
-        elif any(self.path.glob("checkpoints/round-*")):
+        elif self.has_checkpoint():
             raise ConfigError(f"run folder {self.path} has checkpoints but no config.yaml; use another --run-dir")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -169,11 +169,19 @@ class RunFolder:
             return True
         return False
 
+    def has_checkpoint(self) -> bool:
+        """Return whether there is something to go on from."""
+        return any(self.path.glob("checkpoints/round-*"))
+
     def forget_stop(self) -> bool:
-        """Take away the file `stop` that ended the run before; return whether there was one."""
+        """Take away the file `stop` that ended the run before; return whether there was one.
+
+        One that is newer than our lock was put there while this start was under way, and is meant for it.
+        """
         with contextlib.suppress(OSError):
-            self.stop_path.unlink()
-            return True
+            if self.stop_path.stat().st_mtime < self._lock_path.stat().st_mtime:
+                self.stop_path.unlink()
+                return True
         return False
 
     def read_summary(self) -> dict[str, Any] | None:

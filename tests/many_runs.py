@@ -18,8 +18,10 @@ from typing import Any
 from fedfreeze.config import Config
 from fedfreeze.config_file import load_config
 from fedfreeze.cost import measure_costs
-from fedfreeze.experiment import Experiment, run_rank
-from fedfreeze.launcher import Launch, run_local_ranks
+from fedfreeze.experiment import Experiment
+from fedfreeze.launcher import Launch
+from fedfreeze.local_ranks import run_local_ranks
+from fedfreeze.session import run_rank
 
 record_round = Experiment._record
 
@@ -38,10 +40,11 @@ def run_task(task: dict[str, Any]) -> list[int]:
 def run_and_die(config: Config, run_dir: Path, last_round: int, launch: Launch) -> int:
     """Run until rank 0 has written the line of a round, and die there as by SIGKILL."""
 
-    def record_and_die(self: Experiment, result: Any, started: float) -> None:
-        record_round(self, result, started)
+    def record_and_die(self: Experiment, result: Any, started: float) -> dict[str, Any]:
+        told = record_round(self, result, started)
         if result.plan.round >= last_round:
             os.kill(os.getpid(), signal.SIGKILL)
+        return told
 
     Experiment._record = record_and_die  # type: ignore[method-assign]
     return run_rank(config, run_dir, launch)

@@ -86,6 +86,7 @@ def proposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_quarter_that_cannot_hold_stage_1_can_join_with_the_proposed_cut(proposed: Path) -> None:
     told = json.loads((proposed / "cut.json").read_text())
     assert told["usual"]["stages"][0]["eligible"] == 6

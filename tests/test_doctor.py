@@ -285,7 +285,7 @@ def test_what_one_rank_lacks_is_told_with_rank_and_host(
 def test_a_rank_that_never_came_is_told(tmp_path: Path) -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29871"}
     done = subprocess.run(
-        [sys.executable, "-m", "fedfreeze", "doctor", "--comm.timeout_s=1"],
+        [sys.executable, "-m", "fedfreeze", "doctor", "--comm.join_s=1"],
         cwd=tmp_path,
         env=ENVIRONMENT | alone,
         capture_output=True,
@@ -296,6 +296,7 @@ def test_a_rank_that_never_came_is_told(tmp_path: Path) -> None:
     assert "fedfreeze: error: rank 1 of 2 did not join within 1 s" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun; on Debian: apt-get install openmpi-bin")
 def test_under_mpirun(tmp_path: Path) -> None:
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")

@@ -42,6 +42,7 @@ APPENDED = {
     "fedfreeze run digits --name=digits-seed1 --seed=1": SHORT,
     "fedfreeze run digits --name=selected --select.name=smartfreeze": SHORT,
     "fedfreeze run digits --name=oort --select.name=oort": SHORT,
+    "fedfreeze doctor digits --nproc 2": SHORT,
     "bash launch/torchrun.sh 2 digits": [*SHORT, "--name=by-torchrun"],
 }
 

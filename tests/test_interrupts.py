@@ -140,7 +140,7 @@ LAUNCHED = {
     "import of fedfreeze itself": ("pydantic", 1),
     "import of torch": ("torch", 1),
     "import of torch, --nproc 2": ("torch", 2),
-    "the ranks' start, --nproc 2": ("fedfreeze.experiment:run_rank", 2),
+    "the ranks' start, --nproc 2": ("fedfreeze.session:run_rank", 2),
     "joining, --nproc 2": ("fedfreeze.comm.torch_transport:TorchTransport._make_store", 2),
     "first round, --nproc 2": ("fedfreeze.train:Emulator._step", 2),
     "checkpoint, --nproc 2": ("fedfreeze.checkpoint:_sync", 2),

@@ -40,7 +40,15 @@ def check(one: Path, run_dir: Path, launcher: str, world_size: int, transport: s
     ]
 
 
-@pytest.mark.parametrize("by", ["nproc", "torchrun", pytest.param("mpirun", marks=needs_mpirun)])
+# the first two are also in test_ranks
+@pytest.mark.parametrize(
+    "by",
+    [
+        pytest.param("nproc", marks=pytest.mark.slow),
+        pytest.param("torchrun", marks=pytest.mark.slow),
+        pytest.param("mpirun", marks=needs_mpirun),
+    ],
+)
 def test_on_this_machine(by: str, config: Path, one: Path, tmp_path: Path) -> None:
     result = run(command(config, tmp_path / "run", ranks=2, by=by))
     assert result.returncode == 0, result.stderr
@@ -50,14 +58,14 @@ def test_on_this_machine(by: str, config: Path, one: Path, tmp_path: Path) -> No
 
 @needs_mpirun
 @needs_mpi4py
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_transport_mpi_under_mpirun(ranks: int, config: Path, one: Path, tmp_path: Path) -> None:
     result = run(command(config, tmp_path / "run", MPI, ranks=ranks, by="mpirun"))
     assert result.returncode == 0, result.stderr
     check(one, tmp_path / "run", "mpirun", ranks, "mpi")
 
 
-@pytest.mark.parametrize(("by", "ranks"), [("srun 1", 2), ("srun 2", 3)])
+@pytest.mark.parametrize(("by", "ranks"), [pytest.param("srun 1", 2, marks=pytest.mark.slow), ("srun 2", 3)])
 def test_srun_on_one_node_and_on_two(
     by: str, ranks: int, config: Path, one: Path, tmp_path: Path, slurm: SlurmJobs
 ) -> None:
@@ -73,6 +81,7 @@ def test_transport_mpi_under_srun_on_two_nodes(config: Path, one: Path, tmp_path
     check(one, tmp_path / "run", "srun", 2, "mpi")
 
 
+@pytest.mark.slow
 def test_torchrun_with_an_agent_a_node(config: Path, one: Path, tmp_path: Path, slurm: SlurmJobs) -> None:
     """As slurm/train_torchrun.sbatch starts it: srun one torchrun a node, all of one group."""
     program = command(config, tmp_path / "run", ranks=1, by="torchrun")

@@ -56,7 +56,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "transport", "victim", "number"),
     [
-        case("mpirun mpi", 1, KILL),
+        case("mpirun mpi", 1, KILL, SLOW),
         case("srun 2", 0, KILL),
         case("torchrun", 2, KILL, SLOW),
         case("torchrun", 0, KILL, SLOW),
@@ -125,7 +125,7 @@ def test_torchrun_starts_its_workers_again_by_itself(config: Path, whole: Path, 
 def test_a_rank_that_never_comes_is_named(config: Path, tmp_path: Path) -> None:
     """As where a node does not start: the others wait for the time of joining, not for ever."""
     one_of_two = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29547"}
-    arguments = command(config, tmp_path / "run", "--comm.timeout_s=2")[:-2]
+    arguments = command(config, tmp_path / "run", "--comm.join_s=2")[:-2]
     result = run(arguments, environment=ENVIRONMENT | one_of_two)
     assert result.returncode == 76
     assert "rank 1 of 2 did not join within 2 s" in result.stderr

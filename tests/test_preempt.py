@@ -103,7 +103,7 @@ def test_a_round_that_cannot_finish_before_the_jobs_end_is_not_begun() -> None:
     run_round(preemption, clock, 20)
     assert preemption.reason_to_stop() is None  # 50 s left, the longest took 30
     run_round(preemption, clock, 20)
-    assert preemption.reason_to_stop() == "the job ends in 30 s, and a round takes up to 30 s"
+    assert preemption.reason_to_stop() == "the time ends in 30 s, and a round takes up to 30 s"
 
 
 def test_a_round_that_takes_longer_than_all_before_is_dropped_at_the_jobs_end() -> None:
@@ -114,7 +114,7 @@ def test_a_round_that_takes_longer_than_all_before_is_dropped_at_the_jobs_end() 
     clock.s += 80
     assert preemption.reason_to_drop() is None
     clock.s += 8
-    assert "the job ends" in str(preemption.reason_to_drop())
+    assert "the time ends" in str(preemption.reason_to_drop())
 
 
 def test_of_two_wishes_the_more_urgent_counts_and_is_told_again() -> None:

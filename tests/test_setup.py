@@ -32,6 +32,7 @@ FLOORS = [
     {"summary", "report"},
     {"cut", "plan", "calibrate", "compare", "sync"},
     {"experiment", "doctor"},
+    {"session"},
     {"reference", "cli", "__main__"},
 ]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import Any
 
-from fedfreeze.errors import ExitCode, PreemptedError, RankLostError
+from fedfreeze.errors import ExitCode, PreemptedError, RankLostError, error_of
 
 Message = dict[str, Any]
 
@@ -64,6 +64,8 @@ class Lifeline:
         self.hear_wish = hear_wish
         self.lost: str | None = None
         """Who was lost, as a sentence; the first loss that this rank heard of."""
+        self.failed: tuple[int, str] | None = None
+        """Exit code and words of a rank that left because of an error of its own."""
         self.root_lost = False
         self.dropped: str | None = None
         """Why the round was dropped."""
@@ -71,7 +73,7 @@ class Lifeline:
         self._peers: dict[socket.socket, _Peer] = {}
         self._selector = selectors.DefaultSelector()
         self._token = ""
-        self._leaving: list[tuple[float, str]] = []
+        self._leaving: list[tuple[float, str, int]] = []
         self._ending = Event()
         self._root_ended = Event()
         self._last_beat = 0.0
@@ -136,6 +138,8 @@ class Lifeline:
 
     def check(self) -> None:
         """Raise what this rank has heard: RankLostError if one was lost, PreemptedError if the round was dropped."""
+        if self.failed is not None:
+            raise error_of(*self.failed)
         if self.lost is not None:
             raise RankLostError(f"{self.lost}; run again to go on from the last checkpoint")
         if self.dropped is not None:
@@ -148,11 +152,16 @@ class Lifeline:
             self.check()
             time.sleep(0.02)
 
-    def leave(self, code: int) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether this end listens."""
+        return self._thread is not None
+
+    def leave(self, code: int, why: str = "") -> None:
         """Tell the others that this rank leaves, and after an error let rank 0 leave first. To be called last."""
         if self._thread is None:
             return
-        self._send_all({"bye": int(code)})
+        self._send_all({"bye": int(code), "why": why[:1000]})
         if code and self.rank and not self.root_lost:
             self._root_ended.wait(_ROOT_ENDS_S)
         self._ending.set()
@@ -184,11 +193,14 @@ class Lifeline:
         for peer in list(self._peers.values()):
             if not peer.left and now - peer.heard > self.heartbeat_s:
                 self._lose(peer, f"has given no sign of life for {now - peer.heard:.0f} s (comm.heartbeat_s)")
-        for when, text in list(self._leaving):
+        for leaving in list(self._leaving):
+            when, text, code = leaving
             if now > when:
-                self._leaving.remove((when, text))
-                self._tell_loss(text)
-        said = self.poll()
+                self._leaving.remove(leaving)
+                self._tell_loss(text, code)
+        said = None
+        with contextlib.suppress(OSError):  # a file system that stutters is no reason to fall silent
+            said = self.poll()
         if said is not None:
             if "drop" in said:
                 self._drop(said["drop"])
@@ -239,18 +251,19 @@ class Lifeline:
         elif "drop" in message:
             self._drop(message["drop"])
         elif "lost" in message:
-            self._tell_loss(message["lost"])
+            self._tell_loss(message["lost"], message.get("code", 0))
         elif "bye" in message:
-            self._part(peer, message["bye"])
+            self._part(peer, message["bye"], message.get("why", ""))
 
-    def _part(self, peer: _Peer, code: int) -> None:
+    def _part(self, peer: _Peer, code: int, why: str) -> None:
         peer.left = True
         if peer.rank == 0:
             self._root_ended.set()
         if code == ExitCode.RUN_AGAIN:
             self._drop(f"{peer.name} was told to leave")
         elif code:
-            self._leaving.append((time.monotonic() + _LEAVING_S, f"{peer.name} left with exit code {code}"))
+            said = f"{peer.name}: {why}" if why else f"{peer.name} left with exit code {code}"
+            self._leaving.append((time.monotonic() + _LEAVING_S, said, code))
 
     def _drop(self, reason: str) -> None:
         if self.dropped is None:
@@ -271,11 +284,14 @@ class Lifeline:
         peer.left = True
         self._tell_loss(f"{peer.name} {how}")
 
-    def _tell_loss(self, text: str) -> None:
+    def _tell_loss(self, text: str, code: int = 0) -> None:
+        """Note who was lost; a rank that left by a user's mistake, or ours, takes all along with its own exit code."""
         if self.lost is None:
+            if ExitCode.BAD_CONFIG <= code <= ExitCode.STORAGE:
+                self.failed = (code, text)
             self.lost = text
             if self.rank == 0:
-                self._send_all({"lost": text})
+                self._send_all({"lost": text, "code": code})
 
     def _drop_stranger(self, peer: _Peer) -> None:
         self._forget(peer)

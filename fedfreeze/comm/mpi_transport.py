@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,13 @@ def launch_by_mpi(launch: Launch) -> Launch:
     )
 
 
+def finalize_mpi() -> None:
+    """Collective: every rank must call this. End MPI in order, if it was begun; else mpirun would see a crash."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+
+
 class MpiTransport:
     """MPI_COMM_WORLD. Non-blocking calls, so that a rank that waits can hear that another was lost."""
 
@@ -109,8 +117,7 @@ class MpiTransport:
 
     def close(self) -> None:
         """Collective: every rank must call this. End MPI in order."""
-        if not self.mpi.Is_finalized():
-            self.mpi.Finalize()
+        finalize_mpi()
 
 
 class MpiPending:

@@ -8,8 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from fedfreeze.comm.joining import watched
 from fedfreeze.comm.lifeline import Lifeline, Message
-from fedfreeze.comm.mpi_transport import MpiTransport
+from fedfreeze.comm.mpi_transport import MpiTransport, finalize_mpi
 from fedfreeze.comm.torch_transport import TorchTransport
 from fedfreeze.config import CommConfig
 from fedfreeze.errors import FedfreezeError, RankLostError, error_of, one_line
@@ -84,14 +85,15 @@ class Ranks:
         self.lifeline = Lifeline(launch.rank, config.heartbeat_s, poll, hear_wish)
         self.transport: Transport
         if self.world_size > 1:
-            self.transport = (
-                MpiTransport(device, config.cuda_aware_mpi)
-                if config.transport == "mpi"
-                else TorchTransport(launch, device, config.timeout_s)
-            )
-            self.backend = self.transport.backend
-            self._open_lifeline(launch)
-            self.rank_hosts = self.all_gather(self.host)
+            with watched(self.rank, self.world_size, config.join_s):
+                self.transport = (
+                    MpiTransport(device, config.cuda_aware_mpi)
+                    if config.transport == "mpi"
+                    else TorchTransport(launch, device, config.timeout_s, config.join_s)
+                )
+                self.backend = self.transport.backend
+                self._open_lifeline(launch)
+                self.rank_hosts = self.all_gather(self.host)
 
     def _open_lifeline(self, launch: Launch) -> None:
         """Collective: every rank must call this."""
@@ -182,10 +184,16 @@ class Ranks:
         """Collective: every rank must call this. Leave in order."""
         if self.world_size > 1:
             self.transport.close()
+        finalize_mpi()
 
-    def leave(self, code: int) -> None:
-        """Tell the others that this rank leaves with an exit code; to be called last, however the run went."""
-        self.lifeline.leave(code)
+    def leave(self, code: int, why: str = "") -> None:
+        """Tell the others that this rank leaves, and why; to be called last, however the run went."""
+        self.lifeline.leave(code, why)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the others can hear this rank."""
+        return self.world_size == 1 or self.lifeline.is_open
 
     def _run(self, name: str, begin: Callable[[], Pending]) -> None:
         """Wait for a collective, but not for a rank that is lost, nor longer than comm.timeout_s."""

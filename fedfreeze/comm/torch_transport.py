@@ -11,19 +11,16 @@ import torch.distributed as dist
 from fedfreeze.errors import RankLostError, one_line
 from fedfreeze.launcher import Launch, need_address
 
-# All ranks are started together: one that is not there by then has not been started at all.
-JOIN_S = 300.0
-
 
 class TorchTransport:
     """The default process group, and a second one for GPUs."""
 
-    def __init__(self, launch: Launch, device: torch.device, timeout_s: float):
+    def __init__(self, launch: Launch, device: torch.device, timeout_s: float, join_s: float):
         """Collective: every rank must call this. Find the others and join. Raises RankLostError."""
         self.device = device
         self.host = socket.gethostname()
         self.rank, self.world_size = launch.rank, launch.world_size
-        self.join_s = min(JOIN_S, timeout_s)
+        self.join_s = join_s
         try:
             self.store = self._make_store(launch)
             self._await_all()
@@ -65,14 +62,20 @@ class TorchTransport:
 
     def _await_all(self) -> None:
         """Have rank 0 wait for all, so that it can tell who is missing."""
-        self.store.set(f"here{self.rank}", self.host)
+        if self.store.add(f"count{self.rank}", 1) > 1:
+            raise RankLostError(f"rank {self.rank} was started twice (now on {self.host}); start each rank once")
+        self.store.set(f"here{self.rank}", str(self.world_size))
         if self.rank:
             self._wait_for(["all"], self.join_s + 30)
             missing = self.store.get("all").decode() if self.store.check(["all"]) else "0"
         else:
             names = [f"here{rank}" for rank in range(self.world_size)]
             self._wait_for(names, self.join_s)
-            missing = ", ".join(name.removeprefix("here") for name in names if not self.store.check([name]))
+            there = [name for name in names if self.store.check([name])]
+            missing = ", ".join(name.removeprefix("here") for name in names if name not in there)
+            sizes = {self.store.get(name).decode() for name in there}
+            if len(sizes) > 1:
+                missing = f"{missing or 'none'} (the others count {' and '.join(sorted(sizes))} ranks)"
             self.store.set("all", missing)
         if missing:
             raise RankLostError(
