@@ -100,7 +100,8 @@ class Doctor:
         if config.comm.transport == "mpi":
             self.launch = launch_by_mpi(self.launch)
         device, without_device = _device(config.train.device, self.launch.local_rank)
-        comm = replace(config.comm, timeout_s=min(config.comm.timeout_s, PATIENCE_S))
+        given = config.comm
+        comm = replace(given, timeout_s=min(given.timeout_s, PATIENCE_S), join_s=min(given.join_s, PATIENCE_S))
         self.ranks = ranks = Ranks(self.launch, device, comm)
         try:
             self._examine(ranks, device, without_device)
