@@ -115,7 +115,9 @@ def disturb(config: Path, run_dir: Path, generator: random.Random, events: list[
     by, ranks, options = generator.choice(launchers())
     what = generator.choices(list(EVENTS), list(EVENTS.values()))[0]
     event = Event(what, f"{by}{' (mpi)' if options else ''}", ranks, rounds_done(run_dir))
-    arguments = command(config, run_dir, "--comm.heartbeat_s=2", *options, ranks=ranks, by=by)
+    # a rank that is stopped while all come together is given up after join_s, later after heartbeat_s
+    limits = ("--comm.heartbeat_s=2", "--comm.join_s=20")
+    arguments = command(config, run_dir, *limits, *options, ranks=ranks, by=by)
     log = run_dir.with_suffix(".log").open("a")
     process = subprocess.Popen(
         arguments, stdout=log, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True
