@@ -67,6 +67,8 @@ class Lifeline:
         self.failed: tuple[int, str] | None = None
         """Exit code and words of a rank that left because of an error of its own."""
         self.root_lost = False
+        self.interrupted = False
+        """Whether a Ctrl-C has reached a rank: then it is meant for all."""
         self.dropped: str | None = None
         """Why the round was dropped."""
         self.host = socket.gethostname()
@@ -138,6 +140,8 @@ class Lifeline:
 
     def check(self) -> None:
         """Raise what this rank has heard: RankLostError if one was lost, PreemptedError if the round was dropped."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         if self.failed is not None:
             raise error_of(*self.failed)
         if self.lost is not None:
@@ -252,6 +256,8 @@ class Lifeline:
             self._drop(message["drop"])
         elif "lost" in message:
             self._tell_loss(message["lost"], message.get("code", 0))
+        elif "interrupted" in message:
+            self._interrupt()
         elif "bye" in message:
             self._part(peer, message["bye"], message.get("why", ""))
 
@@ -261,9 +267,17 @@ class Lifeline:
             self._root_ended.set()
         if code == ExitCode.RUN_AGAIN:
             self._drop(f"{peer.name} was told to leave")
+        elif code == ExitCode.INTERRUPTED:
+            self._interrupt()
         elif code:
             said = f"{peer.name}: {why}" if why else f"{peer.name} left with exit code {code}"
             self._leaving.append((time.monotonic() + _LEAVING_S, said, code))
+
+    def _interrupt(self) -> None:
+        if not self.interrupted:
+            self.interrupted = True
+            if self.rank == 0:
+                self._send_all({"interrupted": True})
 
     def _drop(self, reason: str) -> None:
         if self.dropped is None:
