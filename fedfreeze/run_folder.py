@@ -10,7 +10,7 @@ from typing import Any
 from fedfreeze import lock
 from fedfreeze.config import Config
 from fedfreeze.config_file import config_difference, config_values, dump_config, read_yaml
-from fedfreeze.errors import ConfigError, storage_error
+from fedfreeze.errors import ConfigError, DataError, one_line, storage_error
 from fedfreeze.slurm import job_has_ended
 
 
@@ -213,6 +213,21 @@ class RunFolder:
             write_whole(self.summary_path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise storage_error("write", self.summary_path, error) from None
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """Return a JSON object. Raises DataError for anything else, also for NaN, which JSON does not have."""
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {one_line(error)[:120]}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is not a JSON object")
+    return value
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

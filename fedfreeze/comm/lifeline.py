@@ -156,11 +156,6 @@ class Lifeline:
             self.check()
             time.sleep(0.02)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether this end listens."""
-        return self._thread is not None
-
     def leave(self, code: int, why: str = "") -> None:
         """Tell the others that this rank leaves, and after an error let rank 0 leave first. To be called last."""
         if self._thread is None:

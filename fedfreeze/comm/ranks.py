@@ -184,16 +184,12 @@ class Ranks:
         """Collective: every rank must call this. Leave in order."""
         if self.world_size > 1:
             self.transport.close()
-        finalize_mpi()
+        else:
+            finalize_mpi()  # which may have been begun to learn that there is one rank
 
     def leave(self, code: int, why: str = "") -> None:
         """Tell the others that this rank leaves, and why; to be called last, however the run went."""
         self.lifeline.leave(code, why)
-
-    @property
-    def joined(self) -> bool:
-        """Whether the others can hear this rank."""
-        return self.world_size == 1 or self.lifeline.is_open
 
     def _run(self, name: str, begin: Callable[[], Pending]) -> None:
         """Wait for a collective, but not for a rank that is lost, nor longer than comm.timeout_s."""

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass as checked
 from fedfreeze.config import Config
 from fedfreeze.config_file import config_values, read_yaml
 from fedfreeze.errors import ConfigError, DataError, one_line
+from fedfreeze.run_folder import json_object
 
 # Strict, but for keys that it does not know: a later revision may write more.
 _STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
@@ -173,7 +174,7 @@ def _defaults() -> dict[str, Any]:
 
 def _read_summary(path: Path) -> Summary:
     text = _text(path)
-    return _checked(Summary, _object(text, str(path)), str(path))
+    return _checked(Summary, json_object(text, str(path)), str(path))
 
 
 def _read_metrics(path: Path, summary: Summary) -> tuple[list[RoundRecord], list[StageRecord], list[str]]:
@@ -190,7 +191,7 @@ def _read_metrics(path: Path, summary: Summary) -> tuple[list[RoundRecord], list
     ended = False
     for number, line in enumerate(whole, 1):
         where = f"{path} line {number}"
-        record = _object(line, where)
+        record = json_object(line, where)
         kind = record.get("kind")
         if not isinstance(kind, str):
             raise DataError(f"{where}: lacks 'kind', which every record of a run has")
@@ -263,21 +264,6 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text (byte {error.start} is no UTF-8)") from None
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    """Return a JSON object. Raises DataError for anything else, also for NaN, which JSON does not have."""
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {one_line(error)[:120]}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is not a JSON object")
-    return value
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
 
 
 @cache

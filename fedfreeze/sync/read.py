@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked
 from fedfreeze.config import RESUME_MAY_DIFFER, Config
 from fedfreeze.config_file import config_values, make_config, read_yaml
 from fedfreeze.errors import ConfigError, DataError, ExitCode, one_line
-from fedfreeze.run_folder import RunFolder
+from fedfreeze.run_folder import RunFolder, json_object
 from fedfreeze.track import is_id, known_id
 
 Count = Annotated[int, Field(ge=0, le=2**63)]
@@ -117,7 +117,7 @@ def read_metrics(path: Path) -> Metrics:
     rounds = 0
     for number, line in enumerate(lines if cut else [], 1):
         where = f"{path} line {number}"
-        record = _object(line, where)
+        record = json_object(line, where)
         if number == 1 and record.get("kind") != "run_start":
             raise DataError(f"{where}: its kind is {str(record.get('kind'))[:60]!r}, but a run begins with 'run_start'")
         if not isinstance(record.get("kind"), str):
@@ -221,18 +221,3 @@ def _is_json(content: bytes) -> bool:
         return isinstance(json.loads(content), dict)
     except (ValueError, RecursionError):
         return False
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    """Return a JSON object. Raises DataError for anything else, also for NaN, which JSON does not have."""
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {one_line(error)[:120]}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is not a JSON object")
-    return value
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
