@@ -27,10 +27,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-import fedfreeze.experiment
-import fedfreeze.plan  # noqa: F401  imported once, before the cases are forked
 from fedfreeze.cli import main
-from fedfreeze.config import Config, OwnObject
+from fedfreeze.config.schema import Config, OwnObject
 
 ALLOWED_CODES = (0, 64, 65, 69, 74)
 WORDS = ["", "x", "digits", "synthetic", "fixed", "resnet8", "off", "a b", "é", "1e3", "../x", "math:sqrt", "os:getcwd"]

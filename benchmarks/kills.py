@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.launching import (
+from tests.support.launching import (
     ENVIRONMENT,
     command,
     is_gone,

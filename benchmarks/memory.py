@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from fedfreeze.blocks import build_network
-from fedfreeze.cap import MIB, DeviceOutOfMemoryError, MemoryCap, make_cap
-from fedfreeze.config import Config
-from fedfreeze.config_file import make_config
-from fedfreeze.cost import StageCost, measure_costs
+from fedfreeze.config.file import make_config
+from fedfreeze.config.schema import Config
+from fedfreeze.device.cap import DeviceOutOfMemoryError, MemoryCap, make_cap
+from fedfreeze.device.cost import StageCost, measure_costs
 from fedfreeze.methods import make_method
-from fedfreeze.stage import LocalTrainer
+from fedfreeze.network.blocks import build_network
+from fedfreeze.network.stage import LocalTrainer
+from fedfreeze.units import MIB
 
 SHAPE, CLASSES = (3, 32, 32), 10
 

@@ -14,11 +14,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from fedfreeze.blocks import build_network
-from fedfreeze.cap import MIB, count_peak
-from fedfreeze.config_file import make_config
+from fedfreeze.config.file import make_config
+from fedfreeze.device.cap import count_peak
 from fedfreeze.methods import full_model_stage, make_method
-from fedfreeze.stage import LocalTrainer, Stage
+from fedfreeze.network.blocks import build_network
+from fedfreeze.network.stage import LocalTrainer, Stage
+from fedfreeze.units import MIB
 
 
 def main() -> int:

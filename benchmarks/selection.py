@@ -2,8 +2,8 @@
 
     python benchmarks/selection.py [--devices 100 1000 10000] [--participants 10] [--write FILE]
 
-Signatures are synthetic, made as fedfreeze/probe.py makes them: 10 classes, 64 features and a bias, sketched to 512
-numbers; 50 samples a device, label mixes of a Dirichlet 0.5 draw. Each fleet is measured in a process of its own.
+Signatures are synthetic, made as fedfreeze/device/probe.py makes them: 10 classes, 64 features and a bias, sketched to
+512 numbers; 50 samples a device, label mixes of a Dirichlet 0.5 draw. Each fleet is measured in a process of its own.
 Seconds are those of the processor, which other work on the machine changes little; the refresh's wall time is beside.
 """
 
@@ -21,9 +21,9 @@ import networkx as nx
 import numpy as np
 import torch
 
-from fedfreeze.config_file import make_config
-from fedfreeze.probe import make_sketch
-from fedfreeze.reports import DeviceReport
+from fedfreeze.config.file import make_config
+from fedfreeze.device.probe import make_sketch
+from fedfreeze.messages import DeviceReport
 from fedfreeze.seeds import derive_seed
 from fedfreeze.select import Probes, Situation, make_selector
 from fedfreeze.select.communities import louvain, merge_alike, neighbour_graph, split_large, unit_vectors

@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from fedfreeze.config_file import load_config
+from fedfreeze.comm.launcher import Launch
+from fedfreeze.config.file import load_config
 from fedfreeze.errors import ConfigError
-from fedfreeze.launcher import Launch
-from fedfreeze.session import run_rank
+from fedfreeze.run.session import run_rank
 
 
 def main() -> int:

@@ -14,6 +14,6 @@ def load_model(run_dir: str) -> "nn.Module":
     Its attribute `normalisation` holds the mean and std a channel with which images in [0, 1] must be normalised.
     Raises FedfreezeError if the run is not finished.
     """
-    from fedfreeze.deploy import load_model as load
+    from fedfreeze.run.deploy import load_model as load
 
     return load(run_dir)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from fedfreeze.compute import torch_threads
-from tests.bad_places import go, write
+from tests.support.checks import ROOT
+from tests.support.tiny_runs import go, write
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test may reach for the network
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

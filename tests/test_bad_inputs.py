@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.bad_inputs import (
+from tests.support.checks import ROOT
+from tests.support.in_process import (
     TINY,
     Bad,
     assert_refused,
@@ -26,7 +27,7 @@ from tests.bad_inputs import (
     png,
     run_case,
 )
-from tests.launching import ENVIRONMENT, write_config
+from tests.support.launching import ENVIRONMENT, write_config
 
 DATA = ("--data.path=data", "--data.cache_dir=cache")
 OWN_PATH = {"data": {"path": "data", "cache_dir": "cache"}}
@@ -451,6 +452,16 @@ def test_an_alias_bomb(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "bomb.yaml"]
 
 
+NOTED_IN = (
+    "test_bad_inputs.py",
+    "test_plugins.py",
+    "device/test_emulator.py",
+    "storage/test_bad_places.py",
+    "storage/test_torn_checkpoints.py",
+    "run/test_interrupts.py",
+)
+
+
 def as_markdown(rows: list[list[str]]) -> str:
     """Return the rows as a table, each once."""
     lines = ["| case | command line or file | exit code | message |", "|---|---|---|---|"]
@@ -463,7 +474,7 @@ def as_markdown(rows: list[list[str]]) -> str:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         table = Path(place) / "table.jsonl"
-        files = [str(Path(__file__).with_name(f"test_bad_{what}.py")) for what in ("inputs", "devices", "places")]
+        files = [str(ROOT / "tests" / name) for name in NOTED_IN]
         environment = os.environ | {"BAD_INPUTS_TABLE": str(table)}
         code = subprocess.call([sys.executable, "-m", "pytest", "-q", *files], env=environment, stdout=sys.stderr)
         print(as_markdown([json.loads(line) for line in table.read_text().splitlines()]))

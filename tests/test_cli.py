@@ -11,7 +11,7 @@ import pytest
 
 from fedfreeze.cli import main
 from fedfreeze.errors import ExitCode
-from tests.launching import ENVIRONMENT, command, metrics, run, summary, write_config
+from tests.support.launching import ENVIRONMENT, command, metrics, run, summary, write_config
 
 BAD_CONFIGURATIONS = {
     "unknown key": (["--train.roundz=3"], "unknown key train.roundz; did you mean train.rounds?"),

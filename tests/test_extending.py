@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import kill_tree, metrics, run, sha256, start, summary, wait_for_round, without_wall_time
-from tests.test_documentation import EXTENDING, blocks_of, commands_of
+from tests.support.documents import EXTENDING, blocks_of, commands_of
+from tests.support.launching import kill_tree, metrics, run, sha256, start, summary, wait_for_round, without_wall_time
 
 NETWORK, SELECTOR, PACE, METHOD = "own-network", "own-selector", "own-pace", "own-method"
 TOGETHER = "fedfreeze run own.yaml --nproc 2"

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import command, kill_tree, metrics, rounds_done, run, sha256, start, summary, wait_for_round
+from tests.support.launching import (
+    command,
+    kill_tree,
+    metrics,
+    rounds_done,
+    run,
+    sha256,
+    start,
+    summary,
+    wait_for_round,
+)
 
 pytestmark = pytest.mark.slow
 DIGITS = Path("digits")

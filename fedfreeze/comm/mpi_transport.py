@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from fedfreeze.comm.launcher import Launch
 from fedfreeze.errors import ConfigError, UnavailableError, one_line
-from fedfreeze.launcher import Launch
 
 
 def load_mpi() -> Any:

@@ -9,12 +9,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from fedfreeze.comm.joining import watched
+from fedfreeze.comm.launcher import Launch
 from fedfreeze.comm.lifeline import Lifeline, Message
 from fedfreeze.comm.mpi_transport import MpiTransport, finalize_mpi
 from fedfreeze.comm.torch_transport import TorchTransport
-from fedfreeze.config import CommConfig
+from fedfreeze.config.schema import CommConfig
 from fedfreeze.errors import FedfreezeError, RankLostError, error_of, one_line
-from fedfreeze.launcher import Launch
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fedfreeze.comm.launcher import Launch, need_address
 from fedfreeze.errors import RankLostError, one_line
-from fedfreeze.launcher import Launch, need_address
 
 
 class TorchTransport:

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from fedfreeze.config import Config
-from fedfreeze.config_file import config_values, read_yaml
+from fedfreeze.config.file import config_values, read_yaml
+from fedfreeze.config.schema import Config
 from fedfreeze.errors import ConfigError, DataError, one_line
-from fedfreeze.run_folder import json_object
+from fedfreeze.storage.files import json_object
 
 # Strict, but for keys that it does not know: a later revision may write more.
 _STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedfreeze.compare.read import Run
-from fedfreeze.config import RESUME_MAY_DIFFER, Config
-from fedfreeze.config_file import config_values
+from fedfreeze.config.file import config_values
+from fedfreeze.config.schema import RESUME_MAY_DIFFER, Config
 from fedfreeze.errors import ConfigError
 
 # What does not make another experiment: the seed, names, and where and how a run is done.

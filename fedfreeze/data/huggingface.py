@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedfreeze.config import DataConfig
+from fedfreeze.config.schema import DataConfig
 from fedfreeze.data.decode import SPLITS, Sample, as_image, mode_of, pixels_of, reason
 from fedfreeze.errors import DataError, UnavailableError, one_line
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fedfreeze.config import DataConfig
+from fedfreeze.config.schema import DataConfig
 from fedfreeze.data.decode import FOLDER_FORMS, SPLITS, Sample, mode_of, open_image, pixels_of, reason, unequal
 from fedfreeze.errors import DataError
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedfreeze.config import Config, DataConfig
+from fedfreeze.config.schema import Config, DataConfig
 from fedfreeze.data.store import Data
 from fedfreeze.errors import ConfigError
 from fedfreeze.seeds import numpy_generator

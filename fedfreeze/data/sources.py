@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedfreeze.config import DataConfig
+from fedfreeze.config.schema import DataConfig
 from fedfreeze.data.decode import FOLDER_FORMS, Sample, pixels_of
 from fedfreeze.data.huggingface import HuggingFace, parquet_files
 from fedfreeze.data.image_folder import ImageFolder

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedfreeze import lock
-from fedfreeze.config import DataConfig
+from fedfreeze.config.schema import DataConfig
 from fedfreeze.data.decode import unequal
 from fedfreeze.data.sources import Sample, Source, fingerprint_key, make_source
 from fedfreeze.errors import DataError, storage_error
+from fedfreeze.storage import lock
 
 VERSION = 2  # of what is decoded and how: a store of another version is left alone
 MAX_CLASSES = 100_000  # a larger label is a mistake, and would ask for a classifier of that size

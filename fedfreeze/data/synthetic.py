@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fedfreeze.config import DataConfig
+from fedfreeze.config.schema import DataConfig
 from fedfreeze.data.decode import Sample
 from fedfreeze.errors import ConfigError
 from fedfreeze.seeds import numpy_generator

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fedfreeze.cap import MIB
-from fedfreeze.config import CommConfig, TrainConfig
-from fedfreeze.doctor.report import Finding, count, failed_as
+from fedfreeze.comm.launcher import Launch
+from fedfreeze.config.schema import CommConfig, TrainConfig
+from fedfreeze.doctor.findings import Finding, count, failed_as
 from fedfreeze.errors import ExitCode
-from fedfreeze.launcher import Launch
-from fedfreeze.report import duration
+from fedfreeze.units import MIB, duration
 
 GIB = 2**30
 

@@ -19,17 +19,18 @@ import torch
 from torch import nn
 
 import fedfreeze
-from fedfreeze import lock
-from fedfreeze.cap import MIB, DeviceOutOfMemoryError, TensorByteCounter, make_cap
-from fedfreeze.config import CheckpointConfig, Config, DataConfig, TrainConfig
+from fedfreeze.comm.slurm import seconds_left
+from fedfreeze.config.schema import CheckpointConfig, Config, DataConfig, TrainConfig
 from fedfreeze.data.sources import EMBEDDED
 from fedfreeze.data.store import cache_folder, open_store, store_folder
+from fedfreeze.device.cap import DeviceOutOfMemoryError, TensorByteCounter, make_cap
 from fedfreeze.errors import ExitCode, FedfreezeError, UnavailableError, one_line, out_of_memory, storage_error
-from fedfreeze.quiet_wandb import bounded
-from fedfreeze.run_folder import RunFolder
-from fedfreeze.slurm import seconds_left
-from fedfreeze.stage import LocalTrainer, Stage
-from fedfreeze.track import make_tracker, wandb_installed
+from fedfreeze.network.stage import LocalTrainer, Stage
+from fedfreeze.storage import lock
+from fedfreeze.storage.run_folder import RunFolder
+from fedfreeze.track.live import make_tracker, wandb_installed
+from fedfreeze.track.quiet_wandb import bounded
+from fedfreeze.units import MIB
 
 Facts = dict[str, Any]
 """Plain JSON values, or `error`: exit code and message."""

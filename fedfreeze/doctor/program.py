@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from fedfreeze.comm import Ranks, launch_by_mpi
-from fedfreeze.comm.mpi_transport import load_mpi
+from fedfreeze.comm.launcher import Launch
+from fedfreeze.comm.mpi_transport import launch_by_mpi, load_mpi
+from fedfreeze.comm.ranks import Ranks
 from fedfreeze.compute import choose_device, torch_threads
-from fedfreeze.config import Config
+from fedfreeze.config.schema import Config
 from fedfreeze.doctor import judge, probes
-from fedfreeze.doctor.report import Finding, exit_code_of, print_findings, print_json
+from fedfreeze.doctor.findings import Finding, exit_code_of, print_findings, print_json
 from fedfreeze.errors import ExitCode, FedfreezeError, RankLostError, one_line
-from fedfreeze.launcher import Launch
 
 # A run may wait half an hour for a rank; here every rank is there at once, or something is wrong.
 PATIENCE_S = 120.0

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from fedfreeze.blocks import BlockedNetwork
-from fedfreeze.config import Config
+from fedfreeze.config.schema import Config
 from fedfreeze.methods.allsmall import AllSmall
 from fedfreeze.methods.base import Method
 from fedfreeze.methods.depthfl import DepthFL
@@ -14,6 +13,7 @@ from fedfreeze.methods.fedrolex import FedRolex
 from fedfreeze.methods.heterofl import HeteroFL
 from fedfreeze.methods.progfed import ProgFed, ProgFedLayerwise
 from fedfreeze.methods.smartfreeze import SmartFreeze
+from fedfreeze.network.blocks import BlockedNetwork
 from fedfreeze.plugins import choose_class, own_code
 
 __all__ = ["METHODS", "Method", "full_model_stage", "make_method", "method_class"]

@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fedfreeze.cap import MIB
-from fedfreeze.config import Config, ModelConfig
+from fedfreeze.config.schema import Config, ModelConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.methods.base import LevelMemory
 from fedfreeze.methods.fedavg import FedAvg
 from fedfreeze.methods.widths import fitted_network, scaled, width_of
+from fedfreeze.units import MIB
 
 
 class AllSmall(FedAvg):

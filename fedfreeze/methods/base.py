@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedfreeze.aggregate import UpdateSum, device_weight
-from fedfreeze.blocks import BlockedNetwork
-from fedfreeze.config import Config, ModelConfig
+from fedfreeze.config.schema import Config, ModelConfig
 from fedfreeze.errors import ConfigError
-from fedfreeze.stage import Stage
+from fedfreeze.methods.aggregate import UpdateSum, device_weight
+from fedfreeze.network.blocks import BlockedNetwork
+from fedfreeze.network.stage import Stage
 
 # For a network of this configuration: the memory in bytes, at the configured batch, of each level of the only stage.
 LevelMemory = Callable[[ModelConfig], list[int]]

@@ -25,12 +25,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedfreeze.blocks import BlockedNetwork
-from fedfreeze.config import Config
+from fedfreeze.config.schema import Config
 from fedfreeze.methods.base import LevelMemory, Method, check_split
-from fedfreeze.output_modules import OutputModules
+from fedfreeze.network.blocks import BlockedNetwork
+from fedfreeze.network.output_modules import OutputModules
+from fedfreeze.network.stage import Stage
 from fedfreeze.seeds import global_seed
-from fedfreeze.stage import Stage
 
 
 def exit_logits(blocks: Iterable[nn.Module], exits: Iterable[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from fedfreeze.blocks import BlockedNetwork
-from fedfreeze.config import Config
+from fedfreeze.config.schema import Config
 from fedfreeze.methods.base import Method
-from fedfreeze.stage import Stage
+from fedfreeze.network.blocks import BlockedNetwork
+from fedfreeze.network.stage import Stage
 
 
 def full_model_stage(blocked: BlockedNetwork, device: torch.device) -> Stage:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fedfreeze.methods.fedavg import FedAvg
-from fedfreeze.stage import Stage, leaves_in_order
+from fedfreeze.network.stage import Stage, leaves_in_order
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fedfreeze.config import Config, ModelConfig
+from fedfreeze.config.schema import Config, ModelConfig
 from fedfreeze.methods.base import LevelMemory
 from fedfreeze.methods.widths import WidthScaled, fitted_network, level_widths, width_of
 

@@ -19,11 +19,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fedfreeze.blocks import BlockedNetwork
-from fedfreeze.config import Config
+from fedfreeze.config.schema import Config
 from fedfreeze.methods.base import Method, check_split
-from fedfreeze.output_modules import OutputModules
-from fedfreeze.stage import Stage
+from fedfreeze.network.blocks import BlockedNetwork
+from fedfreeze.network.output_modules import OutputModules
+from fedfreeze.network.stage import Stage
 
 
 class ProgFed(Method):

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedfreeze.blocks import BlockedNetwork, build_network
-from fedfreeze.config import Config, ModelConfig
+from fedfreeze.config.schema import Config, ModelConfig
 from fedfreeze.errors import ConfigError
-from fedfreeze.flat import Slot
 from fedfreeze.methods.base import Method
 from fedfreeze.methods.fedavg import full_model_stage
-from fedfreeze.stage import Stage, classifier_of
+from fedfreeze.network.blocks import BlockedNetwork, build_network
+from fedfreeze.network.flat import Slot
+from fedfreeze.network.stage import Stage, classifier_of
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 

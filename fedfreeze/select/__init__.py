@@ -1,6 +1,6 @@
 """Participant selectors: a registry of names to classes; a selector is one file and one line here."""
 
-from fedfreeze.config import Config
+from fedfreeze.config.schema import Config
 from fedfreeze.plugins import choose_class, own_code
 from fedfreeze.select.base import ProbeRequest, Probes, Selector, Situation
 from fedfreeze.select.oort import Oort

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedfreeze.config import Config
-from fedfreeze.reports import DeviceReport
+from fedfreeze.config.schema import Config
+from fedfreeze.messages import DeviceReport
 
 
 @dataclass(frozen=True)

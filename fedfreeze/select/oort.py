@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fedfreeze.config import Config
-from fedfreeze.reports import DeviceReport
+from fedfreeze.config.schema import Config
+from fedfreeze.messages import DeviceReport
 from fedfreeze.seeds import numpy_generator
 from fedfreeze.select.base import Selector, Situation
 from fedfreeze.select.dealing import speed_factor, trainable, weighted_draw

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fedfreeze.config import Config
-from fedfreeze.reports import DeviceReport
+from fedfreeze.config.schema import Config
+from fedfreeze.messages import DeviceReport
 from fedfreeze.seeds import numpy_generator
 from fedfreeze.select.base import ProbeRequest, Probes, Selector
 from fedfreeze.select.dealing import trainable, weighted_draw

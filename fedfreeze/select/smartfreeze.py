@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedfreeze.config import Config
-from fedfreeze.reports import DeviceReport
+from fedfreeze.config.schema import Config
+from fedfreeze.messages import DeviceReport
 from fedfreeze.seeds import numpy_generator
 from fedfreeze.select.base import ProbeRequest, Probes, Selector, Situation
 from fedfreeze.select.communities import find_communities

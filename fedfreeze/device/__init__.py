@@ -1,0 +1,1 @@
+"""What one emulated device does, needs and may not exceed."""

@@ -1,0 +1,234 @@
+"""Memory caps that hold: tensor bytes counted under the operations on CPU, the allocator's limit on a GPU."""
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fedfreeze.units import MIB
+
+GRANULE_BYTES = 512  # CUDA's caching allocator rounds every request up to this; counting so keeps both comparable
+
+
+class DeviceOutOfMemoryError(torch.OutOfMemoryError):
+    """An emulated device ran into its memory cap; names the operation, the bytes and the cap."""
+
+    def __init__(self, operation: str, needed_bytes: int, cap_bytes: int):
+        self.operation = operation
+        self.needed_bytes = needed_bytes
+        self.cap_bytes = cap_bytes
+        super().__init__(
+            f"memory cap: {operation} needs {needed_bytes / MIB:.2f} MiB, the cap is {cap_bytes / MIB:.2f} MiB"
+        )
+
+
+class TensorByteCounter(TorchDispatchMode):
+    """Counts the bytes of live tensor storages that were adopted or created inside, and raises above a cap.
+
+    Each storage counts once, however many tensors view it, from its creation until Python and autograd have let go of
+    it. Works the same under FakeTensorMode, where nothing is allocated: that is how the cost model predicts. Not seen:
+    kernels' scratch memory and the interpreter.
+    """
+
+    def __init__(self, cap_bytes: int | None = None):
+        super().__init__()
+        self.cap_bytes = cap_bytes
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that exist already. Raises DeviceOutOfMemoryError."""
+        for tensor in tensors:
+            self._count(tensor)
+        self._check("load")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self._count(out)
+        else:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self._count(leaf)
+        self._check(str(func))
+        return out
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = -(-storage.nbytes() // GRANULE_BYTES) * GRANULE_BYTES
+        if size == 0:
+            return
+
+        def freed(_: Any, key: int = key, size: int = size) -> None:
+            if self._alive.pop(key, None) is not None:
+                self.live_bytes -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _check(self, operation: str) -> None:
+        if self.cap_bytes is not None and self.live_bytes > self.cap_bytes:
+            raise DeviceOutOfMemoryError(operation, self.live_bytes, self.cap_bytes)
+
+
+def count_peak(step: Callable[[], Any], held: Iterable[torch.Tensor], cap_bytes: int | None = None) -> int:
+    """Run a step and return its peak of live tensor bytes, `held` included. Raises DeviceOutOfMemoryError."""
+    counter = TensorByteCounter(cap_bytes)
+    counter.adopt(held)
+    with counter:
+        step()
+    return counter.peak_bytes
+
+
+class DeviceMemory:
+    """The memory of one emulated device while it trains."""
+
+    def __init__(self, cap_bytes: int | None):
+        self.cap_bytes = cap_bytes
+        self.peak_bytes = 0
+        """Largest use of what the cap governs: tensor bytes on CPU, reserved bytes on a GPU."""
+        self.tensor_peak_bytes = 0
+        """Largest sum of live tensor bytes, on either."""
+
+
+class MemoryCap(ABC):
+    """One interface for both ways to hold a device to its cap; one object a rank and stage."""
+
+    name: str
+    """What enforces, as summary.json says it."""
+
+    def __init__(self) -> None:
+        self._known_peaks: dict[Hashable, int] = {}
+
+    @contextmanager
+    @abstractmethod
+    def device(self, cap_bytes: int | None) -> Iterator[DeviceMemory]:
+        """Emulate one device inside; `cap_bytes` None: no cap, measure only. Raises DeviceOutOfMemoryError."""
+
+    @abstractmethod
+    def begin_stage(self) -> None:
+        """Note what the process holds before any tensor of the stage's device is made; it comes on top of each cap."""
+
+    def step(
+        self,
+        memory: DeviceMemory,
+        kind: Hashable,
+        held: Callable[[], Iterable[torch.Tensor]],
+        run: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """Run one training step of a device and note its peak. Raises DeviceOutOfMemoryError.
+
+        `kind` tells steps apart whose memory may differ (stage, batch shape, settings). Counting costs time in every
+        operation, so a step of a kind that was counted before, and fits, runs uncounted and reuses the peak.
+        """
+        known = self._known_peaks.get(kind)
+        if known is not None and (memory.cap_bytes is None or not self.counts_enforce or known <= memory.cap_bytes):
+            result = run()
+        else:
+            counter = TensorByteCounter(memory.cap_bytes if self.counts_enforce else None)
+            counter.adopt(held())
+            with counter:
+                result = run()
+            known = self._known_peaks[kind] = counter.peak_bytes
+        memory.tensor_peak_bytes = max(memory.tensor_peak_bytes, known)
+        return result
+
+    counts_enforce = False
+    """Whether counted tensor bytes are what the cap governs."""
+
+
+class CountedCap(MemoryCap):
+    """CPU: the cap is on live tensor bytes, checked after every operation."""
+
+    name = "tensor_bytes"
+    counts_enforce = True
+
+    @contextmanager
+    def device(self, cap_bytes: int | None) -> Iterator[DeviceMemory]:
+        """See MemoryCap."""
+        memory = DeviceMemory(cap_bytes)
+        try:
+            yield memory
+        finally:
+            memory.peak_bytes = memory.tensor_peak_bytes
+
+    def begin_stage(self) -> None:
+        """See MemoryCap. On CPU only what a step adopts is counted, so there is nothing to note."""
+
+
+class CudaFractionCap(MemoryCap):
+    """GPU: the caching allocator refuses to reserve more than the cap, by the per-process memory fraction.
+
+    It counts reserved segments, so rounding (2 and 20 MiB steps) and fragmentation count; the CUDA context and NCCL's
+    buffers do not. What the emulator itself held at `begin_stage` comes on top of each device's cap.
+    """
+
+    name = "cuda_memory_fraction"
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.cuda_device = device
+        self.total_bytes = torch.cuda.get_device_properties(device).total_memory
+        self.emulator_bytes = 0
+
+    def begin_stage(self) -> None:
+        """See MemoryCap."""
+        self._known_peaks.clear()
+        torch.cuda.synchronize(self.cuda_device)
+        torch.cuda.empty_cache()
+        self.emulator_bytes = torch.cuda.memory_reserved(self.cuda_device)
+
+    @contextmanager
+    def device(self, cap_bytes: int | None) -> Iterator[DeviceMemory]:
+        """See MemoryCap."""
+        memory = DeviceMemory(cap_bytes)
+        torch.cuda.synchronize(self.cuda_device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.cuda_device)
+        if cap_bytes is not None:
+            allowed = min(1.0, (self.emulator_bytes + cap_bytes) / self.total_bytes)
+            torch.cuda.set_per_process_memory_fraction(allowed, self.cuda_device)
+            if torch.cuda.memory_reserved(self.cuda_device) > self.emulator_bytes + cap_bytes:
+                # the limit is only asked at the next reservation: what is held already must be checked here
+                held = torch.cuda.memory_reserved(self.cuda_device) - self.emulator_bytes
+                torch.cuda.set_per_process_memory_fraction(1.0, self.cuda_device)
+                raise DeviceOutOfMemoryError("load", held, cap_bytes)
+        try:
+            yield memory
+        except DeviceOutOfMemoryError:
+            raise
+        except torch.OutOfMemoryError as error:
+            if cap_bytes is None:
+                raise
+            reserved = torch.cuda.max_memory_reserved(self.cuda_device) - self.emulator_bytes
+            raise DeviceOutOfMemoryError(_cuda_request(str(error)), reserved, cap_bytes) from None
+        finally:
+            torch.cuda.synchronize(self.cuda_device)
+            memory.peak_bytes = max(0, torch.cuda.max_memory_reserved(self.cuda_device) - self.emulator_bytes)
+            torch.cuda.set_per_process_memory_fraction(1.0, self.cuda_device)
+
+
+def _cuda_request(message: str) -> str:
+    """Return what the allocator says it was asked for, as the operation's name is not known there."""
+    start = message.find("Tried to allocate")
+    return "an allocation" if start < 0 else message[start:].split(".  ")[0].split(". ")[0].lower()
+
+
+def enforcer_name(device: torch.device) -> str:
+    """Return what holds devices to their caps on a compute device, as summary.json says it."""
+    return CudaFractionCap.name if device.type == "cuda" else CountedCap.name
+
+
+def make_cap(device: torch.device) -> MemoryCap:
+    """Return the enforcer for a compute device."""
+    return CudaFractionCap(device) if device.type == "cuda" else CountedCap()

@@ -1,0 +1,223 @@
+"""What a stage costs a device, before anything is trained: memory, FLOPs, bytes, by running it on fake tensors."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fedfreeze.config.schema import Config, ModelConfig, TrainConfig
+from fedfreeze.device.cap import count_peak
+from fedfreeze.errors import ConfigError
+from fedfreeze.methods import Method, full_model_stage, make_method, method_class
+from fedfreeze.network.blocks import BlockedNetwork, ImageShape, build_network
+from fedfreeze.network.stage import LocalTrainer, Stage, sees_one_value
+from fedfreeze.plugins import own_code
+from fedfreeze.units import FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """The cost of one stage (or of the full model) for one device."""
+
+    name: str
+    """The blocks that train."""
+    memory_bytes: int
+    """Peak of live tensor bytes in one training step: weights, gradients, momentum, activations, batch."""
+    step_flops: int
+    """Floating-point operations of one training step, frozen forward included (torch's counter: 2 a multiply-add)."""
+    frozen_flops: int
+    """Of these, the forward pass of the frozen prefix."""
+    forward_flops: int
+    """Floating-point operations of one forward pass of a batch, as a device makes that is asked for its loss."""
+    trained_elements: int
+    """Floats that train or are averaged: active block + output module. What one all-reduce carries."""
+    active_parameters: int
+    """Parameters of the active block alone."""
+    frozen_elements: int
+    """Floats of the frozen prefix, sent down once to a device that lacks them."""
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes that a device sends a round, fp32."""
+        return self.trained_elements * FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The stages of the configured method, and the full model at the same batch for comparison."""
+
+    levels: tuple[tuple[StageCost, ...], ...]
+    """For each stage its sub-models, the smallest first; most methods have one."""
+    full: StageCost
+
+    @property
+    def stages(self) -> tuple[StageCost, ...]:
+        """Each stage as a device trains it that holds all of it."""
+        return tuple(levels[-1] for levels in self.levels)
+
+    @property
+    def needed_bytes(self) -> tuple[int, ...]:
+        """For each stage the memory of its smallest sub-model: what a device needs to join."""
+        return tuple(levels[0].memory_bytes for levels in self.levels)
+
+    def level_of(self, stage: int, cap_bytes: int | None) -> int:
+        """Return the largest sub-model of a stage that a cap holds; the smallest where it holds none."""
+        held = [i for i, cost in enumerate(self.levels[stage]) if cap_bytes is None or cost.memory_bytes <= cap_bytes]
+        return max(held, default=0)
+
+
+def measure_costs(
+    config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any] | None = None
+) -> Costs:
+    """Predict the cost of every stage and of the full model; nothing is allocated and nothing is trained.
+
+    `fitted` is what `fit_method` returned. Raises ConfigError for a batch that the network's normalisation layers
+    cannot take.
+    """
+    with _batch_told(config, image_shape):
+        return _measure(config, image_shape, num_classes, fitted or {})
+
+
+def fit_method(config: Config, image_shape: ImageShape, num_classes: int, caps: Sequence[int | None]) -> dict[str, Any]:
+    """Return what the method makes of the fleet's caps, as plain values (Method.fit). Raises ConfigError."""
+
+    def level_memory(model: ModelConfig) -> list[int]:
+        with fake_tensors():
+            blocked = build_network(model, image_shape, num_classes, config.seed)
+            method = make_method(config, blocked)
+            return [step_memory(stage, config.train, image_shape) for stage in _levels(config, method, 0)]
+
+    method = method_class(config)
+    with _batch_told(config, image_shape), own_code("method.name", config.method.name):
+        return method.fit(config, caps, level_memory)
+
+
+@contextmanager
+def _batch_told(config: Config, image_shape: ImageShape) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if not sees_one_value(error):
+            raise
+        height, width = image_shape[1:]
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} is too small for the normalisation layers of "
+            f"{config.model.label} on {height}x{width} images, where the last block puts out one pixel; use 2 or more"
+        ) from None
+
+
+def _measure(config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any]) -> Costs:
+    with fake_tensors():
+        model = method_class(config).network(config.model, fitted)
+        blocked = build_network(model, image_shape, num_classes, config.seed)
+        method = make_method(config, blocked, fitted)
+        found = []
+        for index in range(method.num_stages):
+            stages = enumerate(_levels(config, method, index))
+            found.append(
+                tuple(_stage_cost(config, method.level_name(index, i), stage, image_shape) for i, stage in stages)
+            )
+        if model != config.model:
+            blocked = build_network(config.model, image_shape, num_classes, config.seed)
+        full = _full_cost(config, blocked, image_shape)
+    return Costs(tuple(found), full)
+
+
+def _levels(config: Config, method: Method, index: int) -> Iterator[Stage]:
+    """Yield the sub-models of a stage, the smallest first; what one holds is given back before the next is made."""
+    for level in range(method.num_levels(index)):
+        with trained_stage(config, method, index, level, torch.device("cpu")) as stage:
+            yield stage
+
+
+@contextmanager
+def trained_stage(config: Config, method: Method, index: int, level: int, device: torch.device) -> Iterator[Stage]:
+    """Give what a device trains in a stage: the sub-model of a level, or the stage itself."""
+    with own_code("method.name", config.method.name):
+        stage = method.enter_level(index, level, device) if method.counted else method.enter_stage(index, device)
+    yield stage
+    if not method.counted:
+        with own_code("method.name", config.method.name):
+            method.leave_stage(stage)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Allocate nothing inside: tensors have shapes only."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what fails there is told by our own line
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape) -> StageCost:
+    stage = full_model_stage(blocked, torch.device("cpu"))
+    return _stage_cost(config, "full model", stage, image_shape)
+
+
+def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape) -> StageCost:
+    with own_code("model.factory", config.model.factory or ""):
+        memory = step_memory(stage, config.train, image_shape)
+        trainer, images, labels = _one_step(stage, config.train, image_shape)
+        step_flops = _flops(lambda: trainer.step(images, labels))
+        frozen_flops = _flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
+        stage.eval()
+        with torch.no_grad():
+            forward_flops = _flops(lambda: stage(images))
+    return StageCost(
+        name=name,
+        memory_bytes=memory,
+        step_flops=step_flops,
+        frozen_flops=frozen_flops,
+        forward_flops=forward_flops,
+        trained_elements=len(stage.flat),
+        active_parameters=stage.flat.active_parameters,
+        frozen_elements=stage.frozen_elements,
+    )
+
+
+def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> int:
+    """Return the peak of live tensor bytes in one training step of a stage; call it under FakeTensorMode."""
+    trainer, images, labels = _one_step(stage, train, image_shape)
+    return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+
+
+def _one_step(
+    stage: Stage, train: TrainConfig, image_shape: ImageShape
+) -> tuple[LocalTrainer, torch.Tensor, torch.Tensor]:
+    batch = train.batch_size
+    return (
+        LocalTrainer(stage, train),
+        torch.zeros(batch, *image_shape),
+        torch.zeros(batch, dtype=torch.int64),
+    )
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# torch counts attention on GPUs only
+_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def _flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
+        run()
+    return counter.get_total_flops()

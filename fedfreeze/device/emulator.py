@@ -1,0 +1,272 @@
+"""A rank's emulator: trains the devices assigned to it, one after the other, each under its own cap."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fedfreeze.config.schema import Config
+from fedfreeze.data.batches import evaluation_batch, plain_batches, training_batches
+from fedfreeze.data.store import Data
+from fedfreeze.device.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
+from fedfreeze.device.probe import LOSSES, Probe
+from fedfreeze.errors import ConfigError
+from fedfreeze.messages import Assignment, DeviceReport, ProbePlan, RoundPlan
+from fedfreeze.methods import Method
+from fedfreeze.methods.aggregate import UPDATE_LIMIT, UpdateSum, usable
+from fedfreeze.network.stage import LocalTrainer, Stage, sees_one_value
+from fedfreeze.plugins import own_code
+from fedfreeze.seeds import global_seed, numpy_generator, torch_generator
+from fedfreeze.select import selector_class
+
+
+class Emulator:
+    """Holds a stage on this rank; nothing is rebuilt between the devices of a stage."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        parts: Sequence[np.ndarray],
+        method: Method,
+        device: torch.device,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` is called between steps and raises what must end the round: a lost rank, an end that is near."""
+        self.check = check
+        self.config = config
+        self.data = data
+        self.parts = parts
+        self.method = method
+        self.device = device
+        self.cap = make_cap(device)
+        self.in_stage = False
+        self.asks = selector_class(config).probing
+        """Whether the participant selector may ask devices before a round; every rank must know."""
+        self.stage: Stage
+        """The stage with the global values; where it has sub-models, they are what trains."""
+        self.level: int | None = None
+        self.part: Stage
+        """What the devices of the current level train: a sub-model, or the stage itself."""
+        self.trainer: LocalTrainer
+        self.values: torch.Tensor
+        """The global values of the stage's flat buffer, the same bits on every rank.
+
+        They and the sum stay on the host, so that a GPU holds nothing but the device that is emulated: what its
+        allocator reserves is then what the cap is about.
+        """
+
+    def enter_stage(self, index: int) -> None:
+        """Build the stage's network; the values it starts from are those in the method's modules."""
+        if not self.method.counted:
+            self.cap.begin_stage()
+            self.stage = self.method.enter_stage(index, self.device)
+            self._train_with(0, self.stage)
+        else:
+            # what the server needs for evaluation is not the devices': it lies under every cap
+            self.stage = self.method.enter_stage(index, self.device)
+            self.cap.begin_stage()
+        self.values = self.stage.flat.buffer.to("cpu", copy=True)
+        self.in_stage = True
+        self.has_batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.stage.modules())
+
+    def enter_level(self, level: int) -> None:
+        """Build a sub-model of the stage, in place of the one before."""
+        if level != self.level:
+            self._drop_part()
+            self._train_with(level, self.method.enter_level(self.stage.index, level, self.device))
+            self.part_start = self.part.flat.buffer.to("cpu", copy=True)
+
+    def _train_with(self, level: int, part: Stage) -> None:
+        self.level, self.part = level, part
+        self.trainer = LocalTrainer(part, self.config.train)
+
+    def _drop_part(self) -> None:
+        if self.level is not None:
+            self.level = None
+            del self.part, self.trainer
+
+    def leave_stage(self) -> None:
+        """Freeze what the stage trained."""
+        self.settle()
+        self._drop_part()
+        self.method.leave_stage(self.stage)
+        self.in_stage = False
+        del self.stage, self.values
+
+    def settle(self) -> None:
+        """Write the global values into the network, over what the last device left there."""
+        if self.in_stage:
+            self.stage.flat.load(self.values)
+
+    def empty_update(self, plan: RoundPlan) -> UpdateSum:
+        """Return the sum to which this rank's devices add."""
+        return self.method.empty_sum(self.stage, plan.fraction_bits)
+
+    def train(self, assignment: Assignment, plan: RoundPlan, update: UpdateSum) -> DeviceReport:
+        """Train one device on its own data under its cap and add its update; a device that fails adds nothing."""
+        rows = self.parts[assignment.device]
+        reason = self._cannot_learn(len(rows))
+        if reason is not None:
+            return DeviceReport(assignment.device, len(rows), failed=reason)
+        start, index = self._start_of(assignment.level, plan.round, rows)
+        try:
+            report = self._train_locally(assignment, plan, rows, start)
+        except DeviceOutOfMemoryError as error:
+            self.trainer.optimizer.zero_grad(set_to_none=True)
+            return DeviceReport(
+                assignment.device, len(rows), failed=str(error), out_of_memory=True, peak_bytes=error.needed_bytes
+            )
+        except ValueError as error:
+            if not sees_one_value(error):
+                raise
+            return DeviceReport(assignment.device, len(rows), failed="a batch too small for batch normalisation")
+        if report.failed is None:
+            change = self.part.flat.buffer.cpu() - start
+            if index is not None:  # what is the device's alone is neither sent nor judged
+                change, index = change[index >= 0], index[index >= 0]
+            if not usable(change):
+                return DeviceReport(
+                    assignment.device,
+                    len(rows),
+                    failed=f"diverged: a weight is not a number, or changed by more than {UPDATE_LIMIT:g}",
+                )
+            update.add(change, self.method.weight(len(rows)), index)
+        return report
+
+    def _start_of(self, level: int, round_number: int, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the values that a device starts from, and where they belong in the stage; None: they are all of it."""
+        labels = torch.from_numpy(np.unique(self.data.train.labels[rows]))
+        if not self.method.counted:
+            self.part.begin_device(labels)
+            return self.values, None
+        self.enter_level(level)
+        self.part.begin_device(labels)
+        index = self.method.part_index(self.stage, self.part, round_number, labels)
+        return torch.where(index >= 0, self.values[index.clamp(min=0)], self.part_start), index
+
+    def ask(self, plan: ProbePlan, rank: int) -> torch.Tensor:
+        """Ask this rank's devices; return a row for each device of the plan, zero for those of other ranks.
+
+        A row is 1 (it answered), mean loss, mean squared loss, signature; float32, on the host. Where the stage has
+        sub-models all answer with the smallest, which all of them hold.
+        """
+        if self.method.counted:
+            self.enter_level(0)
+        probe = Probe(self.part, self.cap, self.data.num_classes, plan.signature_size, self.config.seed)
+        table = torch.zeros(len(plan.assignments), 1 + LOSSES + probe.numbers)
+        for row, assignment in enumerate(plan.assignments):
+            samples = self.parts[assignment.device]
+            if assignment.rank == rank and len(samples):
+                self.check()
+                answer = self._answer(probe, plan, assignment.device, assignment.cap_bytes, samples)
+                if answer is not None:
+                    table[row, 0] = 1
+                    table[row, 1:] = torch.from_numpy(answer)
+        return table
+
+    def _answer(
+        self, probe: Probe, plan: ProbePlan, device: int, cap_bytes: int | None, rows: np.ndarray
+    ) -> np.ndarray | None:
+        """Return what one device tells; None if it has no memory for that, or its loss is not a number."""
+        start, _ = self._start_of(0, plan.round, rows)
+        self.part.flat.load(start)
+        batches = plain_batches(self.data, rows, self.config.train.batch_size, self.device)
+        try:
+            with self.cap.device(cap_bytes) as memory:
+                answer = probe.ask(memory, ("asked", plan.stage, self.level, plan.signature_size), batches)
+        except DeviceOutOfMemoryError:
+            return None
+        return answer if np.isfinite(answer).all() else None
+
+    def _cannot_learn(self, samples: int) -> str | None:
+        if samples == 0:
+            return "no samples"
+        if samples == 1 and self.has_batch_norm:
+            return "one sample, too few for batch normalisation"
+        return None
+
+    def _train_locally(
+        self, assignment: Assignment, plan: RoundPlan, rows: np.ndarray, start: torch.Tensor
+    ) -> DeviceReport:
+        config, key = self.config, (plan.round, assignment.device)
+        steps = samples = 0
+        # dropout and the like draw from torch's global generator
+        with self.cap.device(assignment.cap_bytes) as memory, global_seed(config.seed, "local training", *key):
+            self.trainer.begin(start, plan.learning_rate)
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            batches = training_batches(
+                self.data,
+                rows,
+                batch_size=config.train.batch_size,
+                epochs=config.train.local_epochs,
+                augment=config.data.augment,
+                shuffle=torch_generator(config.seed, "shuffle", *key),
+                augmentation=torch_generator(config.seed, "augment", *key),
+                device=self.device,
+            )
+            for images, labels in batches:
+                self.check()
+                sums += self._step(memory, plan.stage, images, labels)
+                steps += 1
+                samples += len(images)
+        loss = sums[0].item() / max(1, steps)
+        if not np.isfinite(loss):
+            return DeviceReport(assignment.device, len(rows), failed=f"diverged: the training loss is {loss}")
+        return DeviceReport(
+            assignment.device,
+            len(rows),
+            loss=loss,
+            squared_loss=sums[1].item() / max(1, samples),
+            steps=steps,
+            peak_bytes=memory.peak_bytes,
+            tensor_peak_bytes=memory.tensor_peak_bytes,
+        )
+
+    def _step(self, memory: DeviceMemory, stage: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.cap.step(
+            memory,
+            (stage, self.level, len(images)),
+            lambda: [*self.trainer.held_tensors(), images, labels],
+            lambda: self.trainer.step(images, labels),
+        )
+
+    def apply(self, update: UpdateSum, weight_sum: int) -> torch.Tensor:
+        """Merge the summed updates into the global values and return the change."""
+        before = self.values
+        name = self.config.method.name
+        with own_code("method.name", name):  # the same on every rank, so all leave
+            self.values = self.method.merge(before, update, weight_sum)
+        if self.values.shape != before.shape or self.values.dtype != before.dtype:
+            raise ConfigError(
+                f"method.name: {name}.merge returned {self.values.dtype} of {tuple(self.values.shape)}, not "
+                f"{before.dtype} of {tuple(before.shape)}"
+            )
+        return self.values - before
+
+    def _take_statistics(self) -> None:
+        """Put the global values into the network, and what the method's statistics add to them."""
+        self.settle()
+        wanted = min(self.method.statistics_samples, len(self.data.train))
+        if wanted:
+            rows = numpy_generator(self.config.seed, "statistics").choice(len(self.data.train), wanted, replace=False)
+            batches = plain_batches(self.data, np.sort(rows), self.config.eval.batch_size, self.device)
+            self.method.take_statistics(self.stage, (images for images, _ in batches))
+            self.values = self.stage.flat.buffer.to("cpu", copy=True)
+
+    def count_correct(self, rank: int, world_size: int) -> int:
+        """Return how many test samples of this rank's batches the global network gets right.
+
+        Batches are cut the same way for any number of ranks, so their numbers do not depend on it. This is the
+        server's work: it runs outside the caps.
+        """
+        self._take_statistics()
+        self.stage.eval()
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        size = self.config.eval.batch_size
+        with torch.inference_mode():
+            for batch in range(rank, -(-len(self.data.test) // size), world_size):
+                self.check()
+                images, labels = evaluation_batch(self.data, self.data.test, batch * size, size, self.device)
+                correct += (self.stage(images).argmax(1) == labels).sum()
+        return int(correct)

@@ -1,0 +1,101 @@
+"""What a device tells of itself before a round: its loss and its signature, by one forward pass under its cap."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from fedfreeze.device.cap import DeviceMemory, MemoryCap
+from fedfreeze.network.stage import Stage, classifier_of, squared_losses
+from fedfreeze.seeds import numpy_generator
+
+LOSSES = 2  # figures of a row before its signature: mean loss, mean squared loss
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A seeded count sketch (Charikar et al., 2002): it keeps inner products in expectation, and hides the rest."""
+
+    buckets: torch.Tensor
+    signs: torch.Tensor
+    size: int
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Map (elements,) to (size,)."""
+        return torch.zeros(self.size, dtype=gradient.dtype).index_add_(0, self.buckets, gradient * self.signs)
+
+
+def make_sketch(elements: int, size: int, seed: int) -> Sketch | None:
+    """Return the sketch to `size` numbers that every device uses; None where the gradient is no larger."""
+    if elements <= size:
+        return None
+    generator = numpy_generator(seed, "signature sketch")
+    buckets = torch.from_numpy(generator.integers(size, size=elements))
+    signs = torch.from_numpy(generator.integers(2, size=elements) * 2 - 1).to(torch.float32)
+    return Sketch(buckets, signs, size)
+
+
+class Probe:
+    """Asks devices on this rank at the stage's global values."""
+
+    def __init__(self, stage: Stage, cap: MemoryCap, num_classes: int, signature_size: int, seed: int):
+        self.stage = stage
+        self.cap = cap
+        self.classifier = classifier_of(stage, num_classes)
+        self.signature_size = signature_size
+        elements = num_classes * (self.classifier.in_features + 1)
+        self.sketch = make_sketch(elements, signature_size, seed) if signature_size else None
+        self.numbers = min(elements, signature_size)
+        """Numbers of a signature; 0: none is asked for."""
+
+    def ask(
+        self, memory: DeviceMemory, key: tuple[object, ...], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> np.ndarray:
+        """Return mean loss, mean squared loss and signature over all the samples of a device, float32.
+
+        Raises DeviceOutOfMemoryError.
+        """
+        sums = torch.zeros(LOSSES, dtype=torch.float64, device=self.stage.flat.buffer.device)
+        gradient = torch.zeros(self.classifier.out_features, self.classifier.in_features + 1, device=sums.device)
+        seen = 0
+        self.stage.eval()
+        inputs: list[torch.Tensor] = []
+        hook = self.classifier.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        try:
+            for images, labels in batches:
+                step = self._step(inputs, images, labels, gradient)
+                held = partial(self._held, images, labels, gradient)
+                sums += self.cap.step(memory, (*key, len(images)), held, step)
+                seen += len(images)
+        finally:
+            hook.remove()
+        row = (sums / max(1, seen)).to(torch.float32).cpu()
+        if not self.numbers:
+            return row.numpy()
+        flat = (gradient / max(1, seen)).flatten().cpu()
+        return torch.cat([row, flat if self.sketch is None else self.sketch(flat)]).numpy()
+
+    def _held(self, images: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+        return [*self.stage.held_tensors(), images, labels, gradient]
+
+    def _step(
+        self, inputs: list[torch.Tensor], images: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
+        @torch.no_grad()
+        def step() -> torch.Tensor:
+            inputs.clear()
+            logits = self.stage(images)
+            if self.numbers:
+                # of the last layer alone, so there is no backward pass: (probabilities - one-hot) x its input
+                error = torch.softmax(logits, 1)
+                error[torch.arange(len(labels), device=labels.device), labels] -= 1
+                gradient[:, :-1] += error.T @ inputs[-1]
+                gradient[:, -1] += error.sum(0)
+            losses = functional.cross_entropy(logits, labels, reduction="sum")
+            inputs.clear()
+            return torch.stack([losses, squared_losses(logits, labels)])
+
+        return step

@@ -1,0 +1,161 @@
+"""What a device trains in one stage: frozen prefix, active block, output module."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch._dynamo
+from torch import nn
+from torch.nn import functional
+
+from fedfreeze.config.schema import TrainConfig
+from fedfreeze.network.chain import is_plain_sequential
+from fedfreeze.network.flat import FlatPart
+
+# torch._dynamo is not used here: torch imports it at the first optimizer step, which takes 2 s. Imported with this
+# module, before local ranks are forked, it is imported once and not by each of them in its first round.
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Stage(nn.Module):
+    """The network of a stage. [paper: block-wise training with an output module]
+
+    Frozen blocks run without gradients and in eval mode: with gradients merely switched off, their running statistics
+    would drift and their activations would still be stored.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        frozen: Sequence[nn.Module],
+        active: nn.Module,
+        output_module: nn.Module,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.index = index
+        self.frozen = _on(nn.ModuleList(frozen), device).requires_grad_(False)
+        self.active = _on(active, device)
+        self.output_module = _on(output_module, device)
+        self._frozen_chain = list(leaves_in_order(self.frozen))
+        self.flat = FlatPart(self.active, self.output_module, device)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Stage":
+        """Set the training mode of active block and output module; the frozen prefix stays in eval mode."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images (batch, channels, height, width) to logits (batch, classes)."""
+        return self.output_module(self.active(self.frozen_forward(images)))
+
+    def begin_device(self, labels: torch.Tensor) -> None:
+        """Prepare for the next device; `labels`: those that it has, ascending. [nothing to do here]"""
+        return
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean loss of a batch, to be differentiated, and the logits by which the device is judged."""
+        logits = self(images)
+        return functional.cross_entropy(logits, labels), logits
+
+    def frozen_forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images to what the frozen prefix puts out, without gradients."""
+        with torch.no_grad():
+            for module in self._frozen_chain:
+                images = module(images)
+        return images
+
+    def leave(self) -> None:
+        """End the stage: storage of its own for every tensor, all of it on the host."""
+        self.flat.release()
+        for part in (self.frozen, self.active, self.output_module):
+            _on(part, torch.device("cpu"))
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Return what a device holds between steps: all parameters and buffers of the stage."""
+        return [*self.parameters(), *self.buffers()]
+
+    @property
+    def frozen_elements(self) -> int:
+        """Number of float elements of the frozen prefix."""
+        tensors = [*self.frozen.parameters(), *self.frozen.buffers()]
+        return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+
+
+def sees_one_value(error: ValueError) -> bool:
+    """Tell whether a step failed because a normalisation layer saw a single value a channel; in torch's words."""
+    return "more than 1 value per channel" in str(error)
+
+
+def classifier_of(network: nn.Module, num_classes: int) -> nn.Linear:
+    """Return the last linear layer with an output for each class."""
+    return [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes][-1]
+
+
+def leaves_in_order(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules that run, in order, with nested Sequentials unfolded.
+
+    A Sequential inside a Sequential holds its own input until its last child is done. In a forward pass without
+    gradients that is a whole activation more than is needed (32 MiB in ResNet-18 at batch 128).
+    """
+    for module in modules:
+        if isinstance(module, nn.ModuleList) or is_plain_sequential(module):
+            yield from leaves_in_order(module.children())
+        else:
+            yield module
+
+
+def _on(module: M, device: torch.device) -> M:
+    """Move a module if it is elsewhere; `Module.to` fails on fake tensors even where there is nothing to move."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return module if all(tensor.device == device for tensor in tensors) else module.to(device)
+
+
+def squared_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the sum, over a batch, of the squared loss of a sample."""
+    return functional.cross_entropy(logits, labels, reduction="none").square().sum()
+
+
+class LocalTrainer:
+    """SGD on a stage, built once a stage and used by every device in turn."""
+
+    def __init__(self, stage: Stage, config: TrainConfig):
+        self.stage = stage
+        self.momentum = torch.zeros(stage.flat.parameters if config.momentum else 0, device=stage.flat.buffer.device)
+        slices = stage.flat.views(self.momentum) if config.momentum else {}
+        self.optimizer = torch.optim.SGD(
+            [p for p in stage.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,  # one pass and no temporaries: on a device, memory is what we are short of
+        )
+        for parameter, view in slices.items():
+            self.optimizer.state[parameter]["momentum_buffer"] = view
+
+    def begin(self, values: torch.Tensor, learning_rate: float) -> None:
+        """Start a device: load the global values, forget the momentum of the device before."""
+        self.stage.train()
+        self.stage.flat.load(values)
+        self.momentum.zero_()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take one SGD step; return the batch's mean loss and its sum of squared losses, (2,), still on the device."""
+        loss, logits = self.stage.loss(images, labels)
+        told = torch.stack([loss.detach(), squared_losses(logits.detach(), labels)])
+        del logits
+        loss.backward()
+        self.optimizer.step()
+        # at the end, not before the next step: gradients must not be held through the next frozen forward
+        self.optimizer.zero_grad(set_to_none=True)
+        return told
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Return what a device holds between steps."""
+        return [*self.stage.held_tensors(), self.momentum]

@@ -1,0 +1,1 @@
+"""`fedfreeze plan`: what is known before anything is trained."""

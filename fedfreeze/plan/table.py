@@ -1,0 +1,260 @@
+"""`fedfreeze plan`: what each stage needs and which devices can join, before anything is trained."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from fedfreeze.config.file import dump_config, is_name
+from fedfreeze.config.schema import Config
+from fedfreeze.data.partition import partition_of
+from fedfreeze.data.partition_summary import draw_partition, summarise
+from fedfreeze.data.store import Data, open_store, prepare
+from fedfreeze.device.cost import Costs, StageCost, fit_method, measure_costs
+from fedfreeze.errors import ConfigError, storage_error
+from fedfreeze.fleet.devices import Fleet, make_fleet
+from fedfreeze.plan.calibrate import calibrate, machine_gflops, speed_rows, speed_table, spread
+from fedfreeze.plan.cut import Proposal, cut_as_it_is, propose, with_split
+from fedfreeze.run.reporter import LastingConsole
+from fedfreeze.server.clock import EmulatedClock
+from fedfreeze.storage.files import write_whole
+from fedfreeze.units import FLOAT_BYTES, MIB, duration
+
+
+def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None) -> None:
+    """Print the cost of every stage beside the full model, and how many devices can join each."""
+    data = open_store(prepare(config.data))
+    fleet = make_fleet(config.fleet, config.seed)
+    fitted = fit_method(config, data.image_shape, data.num_classes, fleet.memory_cap_bytes)
+    costs = measure_costs(config, data.image_shape, data.num_classes, fitted)
+    rows = plan_rows(costs, fleet)
+    parts = summarise(partition_of(data, config), data)
+    seconds = round_seconds(EmulatedClock(fleet, parts.samples.tolist(), costs, config.train), costs, fleet)
+    for row in rows:
+        if row["stage"] is not None:
+            row |= seconds[row["stage"]]
+    if partition_picture is not None:
+        draw_partition(parts, partition_picture)
+    if as_json:
+        print(json.dumps({"batch_size": config.train.batch_size, "devices": len(fleet), "stages": rows}, indent=2))
+        return
+    console = LastingConsole()
+    console.print(stage_table(rows, _title(config, data, fleet)))
+    every = min(len(fleet.eligible(needed)) for needed in costs.needed_bytes)
+    samples, labels = parts.samples, parts.labels
+    times = ", ".join(f"{_time(stage['round_s_median'])} ({_time(stage['round_s_slowest'])})" for stage in seconds)
+    console.print(
+        f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
+        "peak: tensor bytes of one training step, counted on fake tensors; frozen: share of a step's\n"
+        "FLOPs spent in the frozen prefix; up: what a device sends a round. Nothing was trained.\n"
+        f"emulated time of a round, median device that can join (slowest), by stage:\n{times}\n"
+        f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}; "
+        f"labels a device: {labels.min()} to {labels.max()} of {data.num_classes}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def round_seconds(clock: EmulatedClock, costs: Costs, fleet: Fleet) -> list[dict[str, float | None]]:
+    """Return for each stage what a round takes the median and the slowest device that can join, in emulated seconds."""
+    found = []
+    for stage, needed in enumerate(costs.needed_bytes):
+        clock.enter_stage(stage)
+        seconds = clock.round_seconds()[fleet.eligible(needed)]
+        median, slowest = (float(np.median(seconds)), float(seconds.max())) if len(seconds) else (None, None)
+        found.append({"round_s_median": median, "round_s_slowest": slowest})
+    return found
+
+
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else duration(seconds)
+
+
+def plan_calibrated(config: Config, *, as_json: bool) -> None:
+    """Time real training steps of every stage here, and print which `fleet.speed_gflops` stands for this machine."""
+    data = open_store(prepare(config.data))
+    fleet = make_fleet(config.fleet, config.seed)
+    fitted = fit_method(config, data.image_shape, data.num_classes, fleet.memory_cap_bytes)
+    costs = measure_costs(config, data.image_shape, data.num_classes, fitted)
+    console = LastingConsole(stderr=as_json)
+    with console.status("training steps"):
+        speeds = calibrate(config, data.image_shape, data.num_classes, costs, fitted)
+    rows, speed, ratio = speed_rows(speeds), machine_gflops(speeds), spread(speeds)
+    batch, threads = config.train.batch_size, config.train.threads_per_rank
+    if as_json:
+        found = {"batch_size": batch, "threads": threads, "speed_gflops": speed, "spread": ratio, "stages": rows}
+        print(json.dumps(found, indent=2))
+        return
+    plural = "s" * (threads > 1)
+    title = f"this machine: {config.model.label}, batch {batch}, {threads} thread{plural}"
+    console.print(speed_table(rows, title))
+    uneven = (
+        f"The fastest stage reaches {ratio:.2f} times the speed of the slowest; the time model takes one for all.\n"
+    )
+    if len(rows) == 1:
+        uneven = ""
+    console.print(
+        f"--fleet.speed_gflops={speed:.3g} stands for this machine with {threads} thread{plural}: all stages' "
+        f"operations by their seconds.\n{uneven}GFLOP/step: by the cost model; s/step: median of the timed steps. The "
+        "weights stayed as they were.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def plan_cut(config: Config, *, share: float, write: Path | None, as_json: bool) -> None:
+    """Propose the fewest blocks with which a share of the devices can join every stage; write that configuration.
+
+    Raises ConfigError if no cut does, after printing what the best one reaches.
+    """
+    data = open_store(prepare(config.data))
+    fleet = make_fleet(config.fleet, config.seed)
+    console = LastingConsole(stderr=as_json)
+    proposals: list[Proposal] = []
+    with console.status("measuring cuts"):
+        for proposal in propose(config, data.image_shape, data.num_classes, fleet, share):
+            proposals.append(proposal)
+            console.print(_line(proposal, fleet), soft_wrap=True, highlight=False)
+    chosen = proposals[-1]
+    reached = chosen.eligible / len(fleet)
+    usual = _usual(config, data, fleet)
+    if as_json:
+        print(json.dumps(_cut_as_json(proposals, usual, share, fleet), indent=2))
+    else:
+        _print_tables(console, proposals, usual, config, data, fleet)
+    if reached < share:
+        raise ConfigError(
+            f"--share: no cut lets {share:.0%} of the devices join every stage; the best has a peak of "
+            f"{chosen.peak_bytes / MIB:.2f} MiB and lets {reached:.0%} join (lower train.batch_size or model.width, or "
+            "try another method.output_module)"
+        )
+    if write is not None:
+        # a name of its own, or the run would want the folder of the usual cut
+        _write(write, replace(with_split(config, chosen.split), name=write.stem))
+        console.print(
+            f"wrote {write}; train with: fedfreeze run {write}", soft_wrap=True, highlight=False, markup=False
+        )
+    else:
+        split = json.dumps(list(chosen.split)).replace('"', "")
+        console.print(f"train with --model.split='{split}'", soft_wrap=True, highlight=False, markup=False)
+
+
+def _usual(config: Config, data: Data, fleet: Fleet) -> Proposal | None:
+    """Return the cut that the configuration has now; None for a network of the user's own without one."""
+    if config.model.factory is not None and config.model.split is None:
+        return None
+    return cut_as_it_is(config, data.image_shape, data.num_classes, fleet)
+
+
+def _line(proposal: Proposal, fleet: Fleet) -> str:
+    count = len(proposal.split)
+    return (
+        f"{count} block{'s' * (count > 1)}: {proposal.peak_bytes / MIB:.2f} MiB, {proposal.eligible} of {len(fleet)} "
+        f"devices can join every stage; blocks begin at {', '.join(proposal.split)}"
+    )
+
+
+def _print_tables(
+    console: LastingConsole,
+    proposals: list[Proposal],
+    usual: Proposal | None,
+    config: Config,
+    data: Data,
+    fleet: Fleet,
+) -> None:
+    if usual is not None:
+        console.print()
+        console.print(stage_table(plan_rows(usual.costs, fleet), f"the cut as it is: {_title(config, data, fleet)}"))
+    for proposal in proposals:
+        count = len(proposal.split)
+        title = f"{count} block{'s' * (count > 1)}, {proposal.eligible} of {len(fleet)} devices can join every stage"
+        console.print()
+        console.print(stage_table(plan_rows(proposal.costs, fleet), title))
+
+
+def _cut_as_json(proposals: list[Proposal], usual: Proposal | None, share: float, fleet: Fleet) -> dict[str, Any]:
+    def of(proposal: Proposal) -> dict[str, Any]:
+        return {
+            "split": list(proposal.split),
+            "blocks": len(proposal.costs.stages),
+            "peak_mib": proposal.peak_bytes / MIB,
+            "eligible": proposal.eligible,
+            "stages": plan_rows(proposal.costs, fleet),
+        }
+
+    return {
+        "devices": len(fleet),
+        "share": share,
+        "reached": proposals[-1].eligible >= share * len(fleet),
+        "usual": None if usual is None else of(usual),
+        "proposals": [of(proposal) for proposal in proposals],
+    }
+
+
+def _write(path: Path, config: Config) -> None:
+    if path.suffix not in (".yaml", ".yml") or not is_name(path.stem):
+        raise ConfigError(
+            f"--write: {path} must be letters, digits, '.', '_' and '-', and end in .yaml; the run is called after it"
+        )
+    try:
+        write_whole(path, dump_config(config))
+    except OSError as error:
+        raise storage_error("write", path, error) from None
+
+
+def _title(config: Config, data: Data, fleet: Fleet) -> str:
+    size = "x".join(str(length) for length in data.image_shape)
+    return f"{config.model.label}, images {size}, batch {config.train.batch_size}, {len(fleet)} devices"
+
+
+def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Return what the stages cost as a table for a terminal."""
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline", title_justify="left")
+    for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", "frozen", "up MiB", "eligible"):
+        table.add_column(heading, justify="left" if heading == "blocks" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(
+            _stage_label(row),
+            row["blocks"],
+            f"{row['memory_mib']:.2f}",
+            f"{row['memory_share']:.0%}",
+            f"{row['step_gflop']:.2f}",
+            f"{row['frozen_gflop'] / row['step_gflop']:.0%}",
+            f"{row['upload_mib']:.2f}",
+            str(row["eligible"]),
+        )
+    return table
+
+
+def _stage_label(row: dict[str, Any]) -> str:
+    if row["stage"] is None:
+        return "full"
+    return str(row["stage"] + 1) if row["level"] is None else f"{row['stage'] + 1}.{row['level'] + 1}"
+
+
+def plan_rows(costs: Costs, fleet: Fleet) -> list[dict[str, Any]]:
+    """Return one row a stage, or a sub-model where a stage has several, and, last, the full model (`stage` None)."""
+    rows = []
+    for stage, levels in enumerate(costs.levels):
+        for level, cost in enumerate(levels):
+            rows.append(_row(stage, level if len(levels) > 1 else None, cost, costs.full, fleet))
+    return [*rows, _row(None, None, costs.full, costs.full, fleet)]
+
+
+def _row(stage: int | None, level: int | None, cost: StageCost, full: StageCost, fleet: Fleet) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "level": level,
+        "blocks": cost.name,
+        "memory_mib": cost.memory_bytes / MIB,
+        "memory_share": cost.memory_bytes / full.memory_bytes,
+        "step_gflop": cost.step_flops / 1e9,
+        "frozen_gflop": cost.frozen_flops / 1e9,
+        "upload_mib": cost.bytes_up / MIB,
+        "frozen_mib": cost.frozen_elements * FLOAT_BYTES / MIB,
+        "elements_reduced": cost.trained_elements,
+        "eligible": len(fleet.eligible(cost.memory_bytes)),
+    }

@@ -1,0 +1,39 @@
+"""`fedfreeze run` on the command line."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+from fedfreeze.comm.launcher import launch_here
+from fedfreeze.comm.local_ranks import interrupt_once, run_local_ranks
+from fedfreeze.config.command_line import Commands, add_config_command, positive
+from fedfreeze.config.schema import Config
+from fedfreeze.run.preempt import Preemption
+
+
+def add_command(commands: Commands) -> None:
+    """Add `run` with its options."""
+    command = add_config_command(commands, "run", _run, "train, or go on where the run folder's checkpoint is")
+    command.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
+    command.add_argument("--nproc", type=positive, metavar="N", help="start N ranks on this machine (default 1)")
+
+
+def _run(config: Config, options: argparse.Namespace) -> int:
+    launch, nproc = launch_here(options.nproc, config.comm.transport, os.environ, os.getppid())
+    run_dir = Path(options.run_dir or Path("runs") / config.name)
+    preemption = Preemption(config.checkpoint, os.environ)
+    preemption.install()
+    # or torch's own lines, stack traces among them, come before ours where ranks do not find each other
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        from fedfreeze.run.session import note_exit_code, run_rank  # here: a mistake is told without importing torch
+
+        signal.signal(signal.SIGINT, interrupt_once())
+        if nproc > 1:
+            code = run_local_ranks(nproc, lambda local: run_rank(config, run_dir, local, preemption))
+            note_exit_code(run_dir, code)
+            return code
+        return run_rank(config, run_dir, launch, preemption)
+    finally:
+        preemption.uninstall()

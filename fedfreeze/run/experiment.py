@@ -1,0 +1,263 @@
+"""An experiment on one rank: set up, resume, rounds, stage changes, deployment."""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedfreeze.comm.ranks import Ranks
+from fedfreeze.config.schema import Config
+from fedfreeze.data.partition import partition_of
+from fedfreeze.data.partition_summary import summarise
+from fedfreeze.data.store import Data, open_store, prepare
+from fedfreeze.device.cost import fit_method, measure_costs
+from fedfreeze.device.emulator import Emulator
+from fedfreeze.errors import (
+    ConfigError,
+    DataError,
+    ExitCode,
+    PreemptedError,
+)
+from fedfreeze.fleet.devices import Fleet, make_fleet
+from fedfreeze.methods import Method, make_method, method_class
+from fedfreeze.methods.aggregate import device_weight
+from fedfreeze.network.blocks import build_network
+from fedfreeze.plugins import own_code
+from fedfreeze.run.history import History
+from fedfreeze.run.preempt import Preemption
+from fedfreeze.run.reporter import Reporter
+from fedfreeze.run.round import RoundResult, run_round
+from fedfreeze.server.coordinator import Coordinator
+from fedfreeze.server.pace import PerturbationWindow
+from fedfreeze.storage.checkpoint import Checkpoint, CheckpointStore, weight_bytes
+from fedfreeze.storage.run_folder import RunFolder
+from fedfreeze.units import MIB
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """The end of a round after which no checkpoint was due, in case that the next is dropped."""
+
+    state: dict[str, Any]
+    values: torch.Tensor
+    updates: list[tuple[int, np.ndarray]]
+
+
+class Experiment:
+    """One run on this rank; every rank holds the same global model, rank 0 also the coordinator."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        ranks: Ranks,
+        device: torch.device,
+        reporter: Reporter,
+        history: History | None,
+        preemption: Preemption,
+    ):
+        """Collective: every rank must call this. Prepare data, devices, network and, on rank 0, the coordinator."""
+        self.config = config
+        self.folder = folder
+        self.ranks = ranks
+        self.reporter = reporter
+        self.history = history
+        self.preemption = preemption
+        self._unsaved: Unsaved | None = None
+        self.coordinator: Coordinator | None = None
+        self.store = ranks.together(lambda: prepare(config.data))
+        self.data: Data = ranks.together(lambda: open_store(self.store))
+        self.parts = parts = ranks.together(lambda: partition_of(self.data, config))
+        fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
+        self.fitted: dict[str, Any] = ranks.decide(lambda: self._fit(fleet))
+        # before the network is built: what no device can hold may not fit this machine either
+        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
+        self.method = ranks.together(self._build)
+        self.emulator = Emulator(config, self.data, parts, self.method, device, self._check)
+        self.window = PerturbationWindow(config.pace.window)
+        self.checkpoints = CheckpointStore(folder.path / "checkpoints", config.checkpoint.keep, reporter.notice)
+
+    def _build(self) -> Method:
+        model = method_class(self.config).network(self.config.model, self.fitted)
+        blocked = build_network(model, self.data.image_shape, self.data.num_classes, self.config.seed)
+        method = make_method(self.config, blocked, self.fitted)
+        with own_code("method.name", self.config.method.name):
+            for samples in {len(part) for part in self.parts}:
+                weight, most = method.weight(samples), device_weight(self.config.method.weights, samples)
+                if not isinstance(weight, int) or not 0 <= weight <= most:
+                    raise ConfigError(
+                        f"method.name: {self.config.method.name} gives {samples} samples the weight {weight}; it"
+                        f" must be a whole number of 0 to {most}, or the exact sum could overflow"
+                    )
+        return method
+
+    def _fit(self, fleet: Fleet) -> dict[str, Any]:
+        return fit_method(self.config, self.data.image_shape, self.data.num_classes, fleet.memory_cap_bytes)
+
+    def _make_coordinator(self, fleet: Fleet, samples: list[int]) -> None:
+        """On rank 0 alone: what a stage costs is predicted once, and everyone learns of it by the plans."""
+        costs = measure_costs(self.config, self.data.image_shape, self.data.num_classes, self.fitted)
+        world_size, paced = self.ranks.world_size, method_class(self.config).paced
+        self.coordinator = Coordinator(self.config, fleet, samples, costs, world_size=world_size, paced=paced)
+
+    def run(self) -> int:
+        """Collective: every rank must call this. Train to the end and return the exit code."""
+        stage, ended = self._resume()
+        self.preemption.arm(root=self.ranks.is_root, stop_file=self.folder.stop_path)
+        if not ended:
+            self.emulator.enter_stage(stage)
+        told: dict[str, Any] = self.ranks.decide(lambda: {"stop": self.preemption.reason_to_stop(), "save": False})
+        while not ended:
+            if told["stop"] is not None:
+                raise PreemptedError(told["stop"])
+            started = time.monotonic()
+            self.preemption.round_begins()
+            try:
+                result = run_round(self.ranks, self.coordinator, self.window, self.emulator)
+            except PreemptedError:
+                self._save_finished_rounds()
+                raise
+            # rank 0 writes; if it cannot, every rank leaves with the same error
+            told = self.ranks.decide(partial(self._record, result, started))
+            verdict = result.verdict
+            if verdict.end_stage is not None:
+                self.emulator.leave_stage()
+                if not verdict.stop:
+                    stage += 1
+                    with own_code("method.name", self.config.method.name):
+                        self.method.begin_stage(stage)
+                    self.window.clear()
+                    self.emulator.enter_stage(stage)
+            if verdict.checkpoint or told["save"] or told["stop"] is not None:
+                self.ranks.decide(self._checkpoint)
+            elif self.ranks.is_root:
+                self._unsaved = Unsaved(self._state(), self.emulator.values, list(self.window.updates))
+            self.preemption.round_ends()
+            ended = verdict.stop
+        self.ranks.decide(lambda: self._finish(stage))
+        if self.history is not None:
+            self.history.tracked_to_the_end()  # after the last collective: no rank waits for an upload
+        return ExitCode.DONE
+
+    def _resume(self) -> tuple[int, bool]:
+        """Collective: every rank must call this. Load the newest checkpoint, if any; share rank 0's weights."""
+        stage, ended = self.ranks.decide(self._load_checkpoint)
+        for tensor in self.method.state_dict().values():
+            host = tensor.detach().contiguous()
+            self.ranks.broadcast(host)
+            tensor.copy_(host)
+        return stage, ended
+
+    def _load_checkpoint(self) -> tuple[int, bool]:
+        """Return the stage to go on with, and whether there is nothing left but to deploy."""
+        assert self.coordinator is not None
+        assert self.history is not None
+        self.folder.claim(self.config)
+        caps = [None if cap is None else cap / MIB for cap in self.coordinator.fleet.memory_cap_bytes]
+        self.folder.write_partition(summarise(self.parts, self.data).csv(caps))
+        found = self.checkpoints.load_newest(self._restore)
+        if found is not None and self.folder.metrics_bytes() < found.state["metrics_bytes"]:
+            self.reporter.notice(f"{self.folder.metrics_path} is shorter than it was: lines are missing in it")
+        if self.folder.forget_stop():
+            self.reporter.notice(f"removed {self.folder.stop_path}, which ended the run before")
+        self.folder.cut_metrics(found.state["metrics_bytes"] if found else 0)
+        self.history.run_start(self.coordinator)
+        self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
+        return self.coordinator.stage, self.coordinator.ended
+
+    def _restore(self, found: Checkpoint) -> None:
+        assert self.coordinator is not None
+        assert self.history is not None
+        if not isinstance(found.state["metrics_bytes"], int):
+            raise TypeError("its length of metrics.jsonl is no number")
+        if found.state["inputs"] != self._inputs():
+            raise ConfigError(
+                f"the data or the devices (a CSV file?) have changed since {self.folder.path} was begun; put them "
+                "back, or use another --run-dir"
+            )
+        ours = self.method.state_dict()
+        if {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in found.tensors.items()}:
+            raise DataError(f"the checkpoints in {self.folder.path} are of another network; use another --run-dir")
+        for name, tensor in ours.items():
+            tensor.copy_(found.tensors[name])
+        self.coordinator.load_state_dict(found.state["coordinator"])
+        self.history.load_state_dict(found.state["history"])
+        self.preemption.remember(found.state.get("round_s", 0.0))
+        self.window.clear()
+        for number, update in found.updates:
+            self.window.updates.append((number, update))
+
+    def _inputs(self) -> dict[str, Any]:
+        """What the run is made of and config.yaml only points to: the decoded data and the devices."""
+        assert self.coordinator is not None
+        fleet = self.coordinator.fleet
+        figures = [list(fleet.memory_cap_bytes)]
+        for each in (fleet.speed_flops, fleet.up_bytes_s, fleet.down_bytes_s, fleet.availability, fleet.phase):
+            figures.append(each.tolist())
+        return {"data": self.store.name, "fleet": hashlib.sha256(json.dumps(figures).encode()).hexdigest()}
+
+    def _check(self) -> None:
+        """Raise why the round in progress must not go on: a rank was lost, or there is no time for the rest."""
+        self.ranks.check()
+        reason = self.preemption.reason_to_drop() if self.ranks.is_root else None
+        if reason is not None:
+            raise PreemptedError(reason)
+
+    def _between_rounds(self) -> dict[str, Any]:
+        """On rank 0 alone: whether the run shall leave or save now, for all ranks."""
+        return {"stop": self.preemption.reason_to_stop(), "save": self.folder.asked_to_save()}
+
+    def _record(self, result: RoundResult, started: float) -> dict[str, Any]:
+        assert self.coordinator is not None
+        assert self.history is not None
+        wall_s = time.monotonic() - started
+        record = self.history.round_end(self.coordinator, result, wall_s)
+        self.reporter.round_end(record)
+        if result.verdict.end_stage is not None:
+            stage_record = self.history.stage_end(self.coordinator, result.verdict.end_stage)
+            self.reporter.stage_end(stage_record)
+            if not result.verdict.stop:
+                self.coordinator.advance()
+        return self._between_rounds()
+
+    def _checkpoint(self) -> None:
+        self.emulator.settle()
+        state = self._state()
+        self.checkpoints.save(state["coordinator"]["round"], self.method.state_dict(), state, self.window.updates)
+        self._unsaved = None
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides tensors, as of the end of this round, whatever changes later."""
+        assert self.coordinator is not None
+        assert self.history is not None
+        state: dict[str, Any] = {
+            "coordinator": self.coordinator.state_dict(),
+            "history": self.history.state_dict(),
+            "metrics_bytes": self.folder.metrics_bytes(),
+            "inputs": self._inputs(),
+            "round_s": self.preemption.round_s,
+        }
+        copied: dict[str, Any] = json.loads(json.dumps(state))
+        return copied
+
+    def _save_finished_rounds(self) -> None:
+        """On rank 0, without the others: the round in progress is dropped, but not those before it."""
+        if self._unsaved is not None:
+            unsaved = self._unsaved
+            self.emulator.values = unsaved.values
+            self.emulator.settle()
+            tensors = self.method.state_dict()
+            self.checkpoints.save(unsaved.state["coordinator"]["round"], tensors, unsaved.state, unsaved.updates)
+
+    def _finish(self, stage: int) -> None:
+        """Deploy the network and close the books."""
+        assert self.coordinator is not None
+        assert self.history is not None
+        self.folder.write_model(weight_bytes(self.method.deployed(stage).state_dict()))
+        summary = self.history.finish(self.coordinator, self.data, stage, self.fitted)
+        self.reporter.finish(summary, self.history.stages, self.folder.path)

@@ -1,0 +1,120 @@
+"""One federated round: the heart of fedfreeze, on one screen."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedfreeze.comm.ranks import Ranks
+from fedfreeze.device.emulator import Emulator
+from fedfreeze.messages import DeviceReport, ProbePlan, RoundPlan, Verdict
+from fedfreeze.select import Probes
+from fedfreeze.server.coordinator import Coordinator
+from fedfreeze.server.pace import PerturbationWindow
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round came to; the same on every rank."""
+
+    plan: RoundPlan
+    reports: tuple[DeviceReport, ...]
+    verdict: Verdict
+    accuracy: float | None
+    elements_reduced: int
+    """Elements that the all-reduce carried: active block + output module, the table not counted."""
+
+
+def run_round(
+    ranks: Ranks, coordinator: Coordinator | None, window: PerturbationWindow, emulator: Emulator
+) -> RoundResult:
+    """Collective: every rank must call this. One federated round of the current stage; rank 0 has the coordinator."""
+    # participant selector: it may ask devices first; rank 0 decides, everyone knows
+    if emulator.asks:
+        ask_devices(ranks, coordinator, emulator)
+    plan = RoundPlan.from_json(ranks.decide(lambda: plan_of(coordinator, begin=not emulator.asks)))
+    # local training: each device in turn under its own memory cap; one that fails adds nothing
+    update = emulator.empty_update(plan)
+    mine = [emulator.train(assignment, plan, update) for assignment in plan.devices_of(ranks.rank)]
+
+    # aggregation: active block + output module, once
+    for tensor in update.tensors():
+        ranks.all_reduce(tensor)
+    reports = gather_reports(ranks, plan, mine)
+    weight_sum = sum(emulator.method.weight(report.samples) for report in reports if report.failed is None)
+    change = emulator.apply(update, weight_sum)
+
+    # pace controller: block perturbation over the active block, then the verdict
+    verdict = Verdict(**ranks.decide(lambda: judge(coordinator, window, emulator, plan, reports, change)))
+    accuracy = evaluate(ranks, emulator) if verdict.evaluate else None
+    return RoundResult(plan, reports, verdict, accuracy, sum(len(tensor) for tensor in update.tensors()))
+
+
+def plan_of(coordinator: Coordinator | None, *, begin: bool) -> dict[str, Any]:
+    """Return the next plan as plain values; runs on rank 0 alone."""
+    assert coordinator is not None
+    if begin:
+        coordinator.begin_round()
+    return coordinator.plan_round().to_json()
+
+
+def ask_devices(ranks: Ranks, coordinator: Coordinator | None, emulator: Emulator) -> None:
+    """Collective: every rank must call this. Ask devices for what the selector wants to know before it chooses."""
+
+    def begin() -> dict[str, Any] | None:
+        assert coordinator is not None
+        coordinator.begin_round()
+        plan = coordinator.ask()
+        return None if plan is None else plan.to_json()
+
+    found = ranks.decide(begin)
+    if found is None:
+        return
+    plan = ProbePlan.from_json(found)
+    # each rank fills the rows of its own devices; the others are zero, so the sum is exact
+    table = emulator.ask(plan, ranks.rank)
+    ranks.all_reduce(table)
+    ranks.decide(lambda: tell(coordinator, plan, table))
+
+
+def tell(coordinator: Coordinator | None, plan: ProbePlan, table: torch.Tensor) -> None:
+    """Tell the coordinator what the devices answered; runs on rank 0 alone."""
+    assert coordinator is not None
+    answered = table[:, 0] > 0
+    rows = table[answered].numpy()
+    devices = np.array([a.device for a in plan.assignments], dtype=np.int64)[answered.numpy()]
+    loss, squared_loss = rows[:, 1].astype(np.float64), rows[:, 2].astype(np.float64)
+    coordinator.learn(Probes(devices, loss, squared_loss, rows[:, 3:]))
+
+
+def judge(
+    coordinator: Coordinator | None,
+    window: PerturbationWindow,
+    emulator: Emulator,
+    plan: RoundPlan,
+    reports: tuple[DeviceReport, ...],
+    change: torch.Tensor,
+) -> dict[str, Any]:
+    """Measure block perturbation and return the verdict as plain values; runs on rank 0 alone."""
+    assert coordinator is not None
+    perturbation = None
+    if any(report.failed is None for report in reports):  # a round in which all failed says nothing of convergence
+        active = change[: emulator.stage.flat.active_parameters]
+        perturbation = window.push(plan.round, active.cpu().numpy().copy())
+    return coordinator.judge(reports, perturbation).to_json()
+
+
+def gather_reports(ranks: Ranks, plan: RoundPlan, mine: list[DeviceReport]) -> tuple[DeviceReport, ...]:
+    """Collective: every rank must call this. Return the reports of all devices, in the order of their numbers."""
+    rows = ranks.all_gather([report.to_json() for report in mine])
+    reports = [DeviceReport(**row) for of_rank in rows for row in of_rank]
+    reports += [DeviceReport(d.device, d.samples, failed=d.reason, left_out=True) for d in plan.left_out]
+    return tuple(sorted(reports, key=lambda report: report.device))
+
+
+def evaluate(ranks: Ranks, emulator: Emulator) -> float:
+    """Collective: every rank must call this. Return the global network's accuracy on the test data, in [0, 1]."""
+    correct = torch.tensor([emulator.count_correct(ranks.rank, ranks.world_size)])
+    ranks.all_reduce(correct)
+    return int(correct) / len(emulator.data.test)

@@ -1,0 +1,1 @@
+"""Weights & Biases: live while a run goes on, or afterwards by `fedfreeze sync`."""

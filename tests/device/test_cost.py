@@ -1,0 +1,134 @@
+"""The cost model: predicted on fake tensors, equal to what the real step takes."""
+
+import pytest
+import torch
+
+from fedfreeze.config.file import make_config
+from fedfreeze.device.cap import count_peak
+from fedfreeze.device.cost import StageCost, measure_costs
+from fedfreeze.methods import full_model_stage, make_method
+from fedfreeze.network.blocks import build_network
+from fedfreeze.network.stage import LocalTrainer, Stage
+
+CPU = torch.device("cpu")
+
+
+def measured_peak(stage: Stage, config: object, batch_size: int, image_shape: tuple[int, int, int]) -> int:
+    """Peak of the second real step, so that nothing of a first time is in it."""
+    trainer = LocalTrainer(stage, config.train)  # type: ignore[attr-defined]
+    images, labels = torch.randn(batch_size, *image_shape), torch.randint(0, 10, (batch_size,))
+    trainer.step(images, labels)
+    return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+
+
+@pytest.mark.parametrize("kind", ["conv_norm", "conv", "block", "pool"])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_prediction_equals_measurement(kind: str, norm: str) -> None:
+    shape = (3, 16, 16)
+    config = make_config(
+        {
+            "model": {"name": "resnet10", "width": 8, "norm": norm},
+            "method": {"output_module": kind},
+            "train": {"batch_size": 8},
+        }
+    )
+    costs = measure_costs(config, shape, 10)
+    method = make_method(config, build_network(config.model, shape, 10, 0))
+    for index, cost in enumerate(costs.stages):
+        stage = method.enter_stage(index, CPU)
+        assert measured_peak(stage, config, 8, shape) == cost.memory_bytes
+        assert cost.trained_elements == len(stage.flat)
+        method.leave_stage(stage)
+    full = full_model_stage(build_network(config.model, shape, 10, 0), CPU)
+    assert measured_peak(full, config, 8, shape) == costs.full.memory_bytes
+
+
+@pytest.mark.parametrize("model", ["vgg11", "vit"])
+@pytest.mark.parametrize("method_name", ["smartfreeze", "fedavg_checkpointing"])
+def test_prediction_equals_measurement_for_other_architectures(model: str, method_name: str) -> None:
+    shape = (3, 16, 16)
+    values = {"model": {"name": model, "width": 8}, "method": {"name": method_name}, "train": {"batch_size": 8}}
+    config = make_config(values)
+    costs = measure_costs(config, shape, 10)
+    method = make_method(config, build_network(config.model, shape, 10, 0))
+    for index, cost in enumerate(costs.stages):
+        stage = method.enter_stage(index, CPU)
+        assert measured_peak(stage, config, 8, shape) == cost.memory_bytes
+        method.leave_stage(stage)
+
+
+def test_flops_of_a_transformer_against_a_hand_count() -> None:
+    values = {"model": {"name": "vit", "width": 64}, "method": {"name": "fedavg"}, "train": {"batch_size": 2}}
+    counted = measure_costs(make_config(values), (3, 32, 32), 10).stages[0].step_flops
+    tokens, dimension = 2 * 64, 64
+    linear = 2 * 12 * dimension**2 * tokens * 8  # query, key, value, projection and a perceptron of four times
+    attention = 2 * 2 * 64 * dimension * tokens * 8  # the backward pass computes the scores again: 2.5 times
+    embedding = 2 * 3 * 4 * 4 * dimension * tokens  # images need no gradient
+    assert counted == 3 * linear + 3.5 * attention + 2 * embedding + 3 * 2 * dimension * 10 * 2
+
+
+def test_checkpointing_needs_less_memory_and_one_more_forward_pass() -> None:
+    def cost(name: str) -> StageCost:
+        values = {"model": {"name": "resnet10", "width": 16}, "method": {"name": name}, "train": {"batch_size": 32}}
+        return measure_costs(make_config(values), (3, 32, 32), 10).stages[0]
+
+    stored, recomputed = cost("fedavg"), cost("fedavg_checkpointing")
+    assert recomputed.memory_bytes < 0.75 * stored.memory_bytes
+    assert recomputed.trained_elements == stored.trained_elements
+    assert 1.3 < recomputed.step_flops / stored.step_flops < 1.4
+
+
+def test_flops_and_elements_against_a_hand_count() -> None:
+    config = make_config({"model": {"name": "resnet8", "width": 4}, "train": {"batch_size": 2}})
+    costs = measure_costs(config, (1, 8, 8), 10)
+    # stage 3 freezes conv1, layer1 and layer2; two FLOPs a multiply-add, 8x8 then 4x4 images, batch 2
+    layer1 = 2 * (4 * 4 * 9) * 64
+    layer2 = (4 * 8 * 9 + 8 * 8 * 9 + 4 * 8) * 16
+    assert costs.stages[2].frozen_flops == 2 * 2 * (4 * 9 * 64 + layer1 + layer2)
+    # layer3: three convolutions and three batch norms (two parameters, two statistics a channel), then the classifier
+    convolutions = 8 * 16 * 9 + 16 * 16 * 9 + 8 * 16
+    assert costs.stages[2].active_parameters == convolutions + 3 * 2 * 16
+    assert costs.stages[2].trained_elements == convolutions + 3 * 4 * 16 + 16 * 10 + 10
+    assert costs.stages[2].bytes_up == 4 * costs.stages[2].trained_elements
+    assert [cost.frozen_flops for cost in costs.stages[:1]] == [0]
+
+
+def test_a_full_model_costs_more_than_any_stage() -> None:
+    for batch_size in (32, 128):
+        config = make_config({"model": {"name": "resnet18", "width": 64}, "train": {"batch_size": batch_size}})
+        costs = measure_costs(config, (3, 32, 32), 10)
+        assert all(cost.memory_bytes < costs.full.memory_bytes for cost in costs.stages)
+        assert all(cost.step_flops < costs.full.step_flops for cost in costs.stages)
+
+
+def test_fedavg_has_one_stage_the_full_model() -> None:
+    config = make_config({"method": {"name": "fedavg"}, "model": {"width": 4}})
+    costs = measure_costs(config, (1, 8, 8), 10)
+    assert len(costs.stages) == 1
+    assert costs.stages[0].memory_bytes == costs.full.memory_bytes
+
+
+@pytest.mark.parametrize("method_name", ["smartfreeze", "fedavg"])
+@pytest.mark.parametrize("model", ["resnet10", "vgg11", "vit"])
+def test_count_agrees_with_torchs_own_memory_tracker(model: str, method_name: str) -> None:
+    """An independent count of the same step: torch's MemTracker, within 2 %. (It cannot follow a frozen prefix.)"""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    shape = (3, 32, 32)
+    config = make_config(
+        {
+            "model": {"name": model, "width": 16},
+            "method": {"name": method_name},
+            "train": {"batch_size": 16, "momentum": 0.0},
+        }
+    )
+    stage = make_method(config, build_network(config.model, shape, 10, 0)).enter_stage(0, CPU)
+    predicted = measure_costs(config, shape, 10).stages[0].memory_bytes
+    trainer = LocalTrainer(stage, config.train)
+    images, labels = torch.randn(16, *shape), torch.randint(0, 10, (16,))
+    tracker = MemTracker()
+    tracker.track_external(stage, images, labels)
+    with tracker:
+        trainer.step(images, labels)
+    tracked = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+    assert predicted == pytest.approx(tracked, rel=0.02)

@@ -1,0 +1,154 @@
+"""Every method and every selector, end to end under caps: 1 rank = 2 ranks killed and resumed, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedfreeze
+from fedfreeze.methods import METHODS
+from fedfreeze.select import SELECTORS
+from tests.support.checks import ROOT
+from tests.support.launching import metrics, sha256, summary, without_wall_time, write_config
+
+CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
+
+# Every method with uniform selection, every selector with smartfreeze, and sub-models with devices that are asked.
+SETTINGS = [
+    *((method, "uniform") for method in METHODS),
+    *(("smartfreeze", selector) for selector in SELECTORS if selector != "uniform"),
+    ("heterofl", "smartfreeze"),
+    ("depthfl", "smartfreeze"),
+]
+NAMES = [f"{method} {selector}" for method, selector in SETTINGS]
+
+
+class Runs:
+    """Run folders by setting: one rank undisturbed, and two ranks that were killed and resumed."""
+
+    def __init__(self, folder: Path, config: Path, overrides: list[str], kill_in_round: int):
+        tasks = []
+        for method, selector in SETTINGS:
+            for ranks in (1, 2):
+                tasks.append(
+                    {
+                        "config": str(config),
+                        "overrides": [*overrides, f"--method.name={method}", f"--select.name={selector}"],
+                        "run_dir": str(self.path(folder, f"{method} {selector}", ranks)),
+                        "ranks": ranks,
+                        "kill_in_round": kill_in_round if ranks == 2 else None,
+                    }
+                )
+        (folder / "tasks.json").write_text(json.dumps(tasks))
+        arguments = [sys.executable, "-m", "tests.support.many_runs", str(folder / "tasks.json")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        found = subprocess.run(arguments, capture_output=True, text=True, timeout=3000, cwd=folder, env=environment)
+        self.stderr = found.stderr
+        answers = [json.loads(line)["codes"] for line in found.stdout.splitlines()]
+        assert len(answers) == len(tasks), found.stderr[-3000:]
+        self.folder = folder
+        self.codes = {(name, ranks): answers[2 * i + ranks - 1] for i, name in enumerate(NAMES) for ranks in (1, 2)}
+
+    @staticmethod
+    def path(folder: Path, name: str, ranks: int) -> Path:
+        return folder / f"{name.replace(' ', '-')}-{ranks}"
+
+    def one(self, name: str) -> Path:
+        return self.path(self.folder, name, 1)
+
+    def two(self, name: str) -> Path:
+        return self.path(self.folder, name, 2)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("digits")
+    config = write_config(
+        folder,
+        fleet={"memory_cap_mib": [0.36, 0.45, 0.6, 0.9], "availability": [1.0, 0.7], "availability_period_s": 0.2},
+        train={"rounds": 6, "participants": 4, "over_selection": 1.5},
+        pace={"policy": "fixed"},
+        eval={"every_rounds": 2},
+    )
+    return Runs(folder, config, [], kill_in_round=4)
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    if not CIFAR10.exists():
+        pytest.skip("no CIFAR-10 beside the project")
+    overrides = [
+        f"--data.path={CIFAR10}",
+        "--data.image_size=16",
+        "--model.name=resnet8",
+        "--model.width=4",
+        "--fleet.devices=200",
+        "--fleet.memory_cap_mib=uniform(1, 2)",
+        "--train.rounds=3",
+        "--train.participants=3",
+        "--train.over_selection=1.5",
+        "--pace.policy=fixed",
+        "--eval.every_rounds=3",
+        "--method.statistics_samples=512",
+    ]
+    return Runs(tmp_path_factory.mktemp("cifar10"), Path("cifar10"), overrides, kill_in_round=2)
+
+
+def check(runs: Runs, name: str) -> None:
+    assert runs.codes[name, 1] == [0], runs.stderr[-3000:]
+    killed, resumed = runs.codes[name, 2]
+    assert killed == 76
+    assert resumed == 0, runs.stderr[-3000:]
+    one, two = runs.one(name), runs.two(name)
+    assert sha256(one) == sha256(two)
+    assert without_wall_time(metrics(one)) == without_wall_time(metrics(two))
+    check_books(one)
+
+
+def check_books(run_dir: Path) -> None:
+    rounds: list[dict[str, Any]] = [record for record in metrics(run_dir) if record["kind"] == "round"]
+    told = summary(run_dir)
+    completed = 0
+    for record in rounds:
+        assert set(record["selected"]) >= set(record["late"])
+        assert len(record["selected"]) <= 6
+        for device, peak in record["peak_memory_mib"].items():
+            assert 0 < peak <= record["cap_mib"][device]
+            completed += 1
+        assert record["emulated_s"] > 0
+    assert completed > 0
+    assert told["emulated_s"] == pytest.approx(sum(record["emulated_s"] for record in rounds))
+    assert told["bytes_total"] == sum(record["bytes_up"] + record["bytes_down"] for record in rounds)
+    assert 0 < told["participation"] <= told["inclusion"] <= 1
+    assert told["participation"] == rounds[-1]["participation"]
+    fedfreeze.load_model(run_dir)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_digits(digits: Runs, name: str) -> None:
+    check(digits, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_on_cifar10(cifar10: Runs, name: str) -> None:
+    check(cifar10, name)
+
+
+def test_sub_models_of_several_sizes_take_part(digits: Runs) -> None:
+    for name in ("heterofl uniform", "fedrolex uniform", "depthfl uniform"):
+        rounds = [record for record in metrics(digits.one(name)) if record["kind"] == "round"]
+        levels = {level for record in rounds for level in record["level"].values()}
+        assert len(levels) > 1, name
+
+
+def test_those_that_ask_are_charged_for_it(digits: Runs) -> None:
+    for name in NAMES:
+        rounds = [record for record in metrics(digits.one(name)) if record["kind"] == "round"]
+        asked = name.split()[1] in ("smartfreeze", "power_of_choice")
+        assert (sum(record["probed"] for record in rounds) > 0) == asked, name
+        assert (sum(record["probe_s"] for record in rounds) > 0) == asked, name

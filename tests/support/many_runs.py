@@ -1,0 +1,65 @@
+"""Runs many small experiments in one process that has imported torch once; started by tests as a program.
+
+    python -m tests.support.many_runs TASKS.json
+
+A task: {"config": NAME or PATH, "overrides": [...], "run_dir": DIR, "ranks": N, "kill_in_round": K or null}. With
+`kill_in_round` rank 0 is killed in that round, after its line in metrics.jsonl and before its checkpoint, and the run
+is started again. Prints one JSON object a task: {"codes": [...]}.
+"""
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedfreeze.comm.launcher import Launch
+from fedfreeze.comm.local_ranks import run_local_ranks
+from fedfreeze.config.file import load_config
+from fedfreeze.config.schema import Config
+from fedfreeze.device.cost import measure_costs
+from fedfreeze.run.experiment import Experiment
+from fedfreeze.run.session import run_rank
+
+record_round = Experiment._record
+
+
+def run_task(task: dict[str, Any]) -> list[int]:
+    """Return the exit codes of a task's lives."""
+    config = load_config(task["config"], task["overrides"])
+    run_dir = Path(task["run_dir"])
+    codes = []
+    if task["kill_in_round"] is not None:
+        codes.append(run_local_ranks(task["ranks"], partial(run_and_die, config, run_dir, task["kill_in_round"])))
+    codes.append(run_local_ranks(task["ranks"], lambda launch: run_rank(config, run_dir, launch)))
+    return codes
+
+
+def run_and_die(config: Config, run_dir: Path, last_round: int, launch: Launch) -> int:
+    """Run until rank 0 has written the line of a round, and die there as by SIGKILL."""
+
+    def record_and_die(self: Experiment, result: Any, started: float) -> dict[str, Any]:
+        told = record_round(self, result, started)
+        if result.plan.round >= last_round:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return told
+
+    Experiment._record = record_and_die  # type: ignore[method-assign]
+    return run_rank(config, run_dir, launch)
+
+
+def main() -> int:
+    tasks = json.loads(Path(sys.argv[1]).read_text())
+    # what torch loads at the first use of fake tensors and of autograd is loaded here, once, and not by every rank
+    measure_costs(load_config(tasks[0]["config"], tasks[0]["overrides"]), (1, 8, 8), 10)
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # what runs say must not come between the answers
+    for task in tasks:
+        print(json.dumps({"codes": run_task(task)}), file=answers, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
