@@ -10,7 +10,11 @@ import pytest
 
 from fedfreeze.compute import torch_threads
 from tests.support.checks import ROOT
+from tests.support.launching import command, run, write_config
+from tests.support.slurm_fixture import slurm
 from tests.support.tiny_runs import go, write
+
+__all__ = ["slurm"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test may reach for the network
 
@@ -74,6 +78,16 @@ def one_thread() -> Iterator[None]:
     """Several threads wait for one another on busy cores, for longer than they compute."""
     with torch_threads(1):
         yield
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The configuration SMALL, and its run on one rank with nothing in its way. To be read only."""
+    folder = tmp_path_factory.mktemp("small")
+    config = write_config(folder)
+    done = run(command(config, folder / "whole"))
+    assert done.returncode == 0, done.stderr
+    return config, folder / "whole"
 
 
 @pytest.fixture(scope="module")

@@ -414,7 +414,8 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     config.chmod(0)
     code = (
-        "import os, sys; from fedfreeze.cli import main, shipped_experiments; os.chdir(sys.argv[1]); "
+        "import os, sys; from fedfreeze.cli import main; from fedfreeze.config.file import shipped_experiments; "
+        "os.chdir(sys.argv[1]); "
         "shipped_experiments(); os.setuid(65534); "
         "sys.exit(main(['run', 'small.yaml']))"
     )

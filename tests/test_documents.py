@@ -14,6 +14,7 @@ import pytest
 from fedfreeze.config.reference import configuration_reference
 from tests.support.checks import ROOT
 from tests.support.documents import DOCUMENTS, EXTENDING, blocks_of, commands_of
+from tests.support.preloaded import command_for_shells
 
 SHORT = ["--train.rounds=3", "--train.local_epochs=1", "--pace.policy=fixed"]
 FEW = ["--train.rounds=1", "--model.width=4"]
@@ -137,6 +138,8 @@ class Workplace:
         self.folder = folder
         self.placeholders = placeholders
         self.done: dict[str, subprocess.CompletedProcess[str]] = {}
+        (folder / "programs").mkdir()
+        self.programs = command_for_shells(folder / "programs")
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         """Run a command and what it needs, each once."""
@@ -150,9 +153,9 @@ class Workplace:
         return self.done[command]
 
     def shell(self, line: str) -> subprocess.CompletedProcess[str]:
-        """Run a line in bash, with the programs of this environment."""
+        """Run a line in bash, with the programs of this environment; what fedfreeze imports is there already."""
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        programs = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        programs = f"{self.programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         environment |= {"PATH": programs, "XDG_CACHE_HOME": str(self.folder / "cache")}
         return subprocess.run(
             ["bash", "-c", line], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300

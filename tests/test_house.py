@@ -73,7 +73,7 @@ TESTED_IN = {
     "network/output_modules.py": ("network/test_stage.py", "network/test_blocks.py"),
     **{f"network/models/{name}.py": ("network/test_models.py", "network/test_blocks.py") for name in MODEL_FILES},
     "plan/table.py": ("plan/test_cut.py", "plan/test_calibrate.py", "test_cli.py"),
-    "run/deploy.py": ("comm/test_ranks.py", "storage/test_torn_checkpoints.py", "methods/test_runs.py"),
+    "run/deploy.py": ("comm/test_ranks.py", "storage/test_torn_checkpoints.py", "methods/test_every_method.py"),
     "run/experiment.py": ("comm/test_ranks.py", "run/test_resume.py", "run/test_preempted_runs.py"),
     "run/history.py": ("comm/test_ranks.py", "run/test_resume.py", "device/test_emulator.py"),
     "run/reporter.py": ("test_cli.py", "device/test_emulator.py"),

@@ -1,12 +1,13 @@
 """The sweep over a table of settings: run folders by name and seed, finished ones left alone, failures told."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 from fedfreeze.config.file import load_config
 from tests.support.checks import ROOT
-from tests.support.launching import summary, write_config
+from tests.support.launching import run, summary, write_config
 
 TABLES = sorted((ROOT / "benchmarks" / "tables").glob("*.txt"))
 
@@ -15,7 +16,8 @@ def sweep(folder: Path, table: str, *options: str) -> subprocess.CompletedProces
     (folder / "table.txt").write_text(table)
     config = write_config(folder, train={"rounds": 3}, pace={"policy": "fixed"}, model={"width": 4})
     arguments = [sys.executable, str(ROOT / "benchmarks" / "sweep.py"), str(config), "table.txt", "out", *options]
-    return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
+    with contextlib.chdir(folder):
+        return run(arguments, timeout_s=300)
 
 
 def test_runs_each_line_with_each_seed_and_leaves_finished_ones_alone(tmp_path: Path) -> None:

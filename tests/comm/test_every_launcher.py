@@ -14,26 +14,22 @@ from tests.support.launching import (
     sha256,
     summary,
     without_wall_time,
-    write_config,
 )
-from tests.support.slurm_fixture import SlurmJobs, slurm
-
-__all__ = ["slurm"]
+from tests.support.slurm_fixture import SlurmJobs
 
 MPI = "--comm.transport=mpi"
 needs_mpi4py = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("launchers"))
+@pytest.fixture
+def config(small_run: tuple[Path, Path]) -> Path:
+    return small_run[0]
 
 
-@pytest.fixture(scope="module")
-def one(config: Path) -> Path:
+@pytest.fixture
+def one(small_run: tuple[Path, Path]) -> Path:
     """The run of one rank without a launcher, with which all others must agree."""
-    assert run(command(config, config.parent / "one")).returncode == 0
-    return config.parent / "one"
+    return small_run[1]
 
 
 def check(one: Path, run_dir: Path, launcher: str, world_size: int, transport: str = "torch") -> None:

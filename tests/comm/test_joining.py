@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedfreeze.comm.joining import watched
-from tests.support.launching import ENVIRONMENT, command, needs_mpirun, run, start, write_config
+from tests.support.launching import ENVIRONMENT, Process, command, needs_mpirun, run, start, write_config
 from tests.support.local_slurm import free_ports
 
 FEW = {"train": {"rounds": 3}, "pace": {"policy": "fixed"}}
@@ -23,11 +23,11 @@ def as_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
     return ENVIRONMENT | {name: str(number) for name, number in numbers.items()} | {"MASTER_PORT": str(port)}
 
 
-def start_rank(rank: int, world_size: int, port: int, *arguments: str) -> subprocess.Popen[str]:
+def start_rank(rank: int, world_size: int, port: int, *arguments: str) -> Process:
     return start([sys.executable, "-m", "fedfreeze", "run", *arguments], as_rank(rank, world_size, port))
 
 
-def ends(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str, str]:
+def ends(process: Process, timeout_s: float = 60) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -105,9 +105,7 @@ def test_mpirun_takes_a_run_that_is_done_for_done(tmp_path: Path) -> None:
 def watch_of(body: str) -> subprocess.CompletedProcess[str]:
     """Run Python code with `watched` around, in a process that it may end."""
     code = "import ctypes, os, signal, threading, time\nfrom fedfreeze.comm.joining import watched\n"
-    return subprocess.run(
-        [sys.executable, "-c", code + textwrap.dedent(body)], capture_output=True, text=True, timeout=60
-    )
+    return run([sys.executable, "-c", code + textwrap.dedent(body)], timeout_s=60)
 
 
 def test_a_call_into_c_that_never_returns_is_ended() -> None:

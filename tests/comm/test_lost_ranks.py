@@ -21,9 +21,6 @@ from tests.support.launching import (
     wait_for_round,
     write_config,
 )
-from tests.support.slurm_fixture import slurm
-
-__all__ = ["slurm"]
 
 RANKS = 3
 

@@ -1,5 +1,6 @@
 """`fedfreeze doctor`: healthy under each launcher, every failure told with its exit code, nothing left behind."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -21,9 +22,7 @@ from fedfreeze.errors import ExitCode
 from fedfreeze.units import MIB
 from tests.support.in_process import Outcome, attempt
 from tests.support.launching import ENVIRONMENT, run, write_config
-from tests.support.slurm_fixture import SlurmJobs, slurm
-
-__all__ = ["slurm"]
+from tests.support.slurm_fixture import SlurmJobs
 
 ONE_RANK = ["launcher", "ranks", "transport", "versions", "instructions", "device", "caps", "data", "run folder"]
 ONE_RANK += ["wandb", "job"]
@@ -243,9 +242,8 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     """Exit code and output of each case of DRIVER."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "driver.py").write_text(DRIVER)
-    done = subprocess.run(
-        [sys.executable, "driver.py"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    with contextlib.chdir(folder):
+        done = run([sys.executable, "driver.py"], timeout_s=120)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     left = sorted(path.name for path in folder.iterdir() if path.suffix not in (".out", ".py"))
@@ -284,14 +282,8 @@ def test_what_one_rank_lacks_is_told_with_rank_and_host(
 
 def test_a_rank_that_never_came_is_told(tmp_path: Path) -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29871"}
-    done = subprocess.run(
-        [sys.executable, "-m", "fedfreeze", "doctor", "--comm.join_s=1"],
-        cwd=tmp_path,
-        env=ENVIRONMENT | alone,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with contextlib.chdir(tmp_path):
+        done = run([sys.executable, "-m", "fedfreeze", "doctor", "--comm.join_s=1"], 120, ENVIRONMENT | alone)
     assert (done.returncode, done.stdout) == (76, "")
     assert "fedfreeze: error: rank 1 of 2 did not join within 1 s" in done.stderr
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checks import ROOT
-from tests.support.launching import ENVIRONMENT, command, run, sha256, summary, wait_for_round, write_config
+from tests.support.launching import ENVIRONMENT, sha256, summary, wait_for_round, write_config
 
 FAKE = ROOT / "tests" / "support" / "fake_fedfreeze.sh"
 SOURCED = [ROOT / "launch" / f"{name}.sh" for name in ("environment", "local_start", "restart", "settings")]
@@ -331,12 +331,10 @@ MPIRUN = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def undisturbed(small_run: tuple[Path, Path]) -> Path:
     """A run of the tiny experiment with nothing in its way."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert run(command(write_config(folder), folder / "run")).returncode == 0
-    return folder / "run"
+    return small_run[1]
 
 
 def launch(folder: Path, launcher: str, **environment: str) -> subprocess.Popen[str]:

@@ -1,19 +1,21 @@
 """Every method and every selector, end to end under caps: 1 rank = 2 ranks killed and resumed, bit for bit."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedfreeze
+from fedfreeze.config.file import load_config
+from fedfreeze.data.batches import evaluation_batch
+from fedfreeze.data.store import open_store, prepare
 from fedfreeze.methods import METHODS
 from fedfreeze.select import SELECTORS
 from tests.support.checks import ROOT
-from tests.support.launching import metrics, sha256, summary, without_wall_time, write_config
+from tests.support.launching import metrics, run, sha256, summary, without_wall_time, write_config
 
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
 
@@ -25,6 +27,10 @@ SETTINGS = [
     ("depthfl", "smartfreeze"),
 ]
 NAMES = [f"{method} {selector}" for method, selector in SETTINGS]
+
+
+OURS = ("exclusivefl", "allsmall", "heterofl", "fedrolex", "depthfl", "progfed", "progfed_layerwise")
+ROUNDS = 6
 
 
 class Runs:
@@ -44,9 +50,8 @@ class Runs:
                     }
                 )
         (folder / "tasks.json").write_text(json.dumps(tasks))
-        arguments = [sys.executable, "-m", "tests.support.many_runs", str(folder / "tasks.json")]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        found = subprocess.run(arguments, capture_output=True, text=True, timeout=3000, cwd=folder, env=environment)
+        arguments = [sys.executable, str(ROOT / "tests" / "support" / "many_runs.py"), str(folder / "tasks.json")]
+        found = run(arguments, timeout_s=3000)
         self.stderr = found.stderr
         answers = [json.loads(line)["codes"] for line in found.stdout.splitlines()]
         assert len(answers) == len(tasks), found.stderr[-3000:]
@@ -69,12 +74,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("digits")
     config = write_config(
         folder,
-        fleet={"memory_cap_mib": [0.36, 0.45, 0.6, 0.9], "availability": [1.0, 0.7], "availability_period_s": 0.2},
-        train={"rounds": 6, "participants": 4, "over_selection": 1.5},
+        fleet={
+            "devices": 24,
+            "memory_cap_mib": [0.36, 0.45, 0.6, 0.9],
+            "availability": [1.0, 0.7],
+            "availability_period_s": 0.2,
+        },
+        train={"rounds": ROUNDS, "participants": 4, "over_selection": 1.5},
         pace={"policy": "fixed"},
         eval={"every_rounds": 2},
     )
-    return Runs(folder, config, [], kill_in_round=4)
+    return Runs(folder, config, ["--method.statistics_samples=512"], kill_in_round=4)
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +162,61 @@ def test_those_that_ask_are_charged_for_it(digits: Runs) -> None:
         asked = name.split()[1] in ("smartfreeze", "power_of_choice")
         assert (sum(record["probed"] for record in rounds) > 0) == asked, name
         assert (sum(record["probe_s"] for record in rounds) > 0) == asked, name
+
+
+# --- what the undisturbed runs left
+
+
+def rounds_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [record for record in metrics(run_dir) if record["kind"] == "round"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_load_model_gives_the_accuracy_of_the_summary(digits: Runs, name: str) -> None:
+    network = fedfreeze.load_model(str(digits.one(f"{name} uniform")))
+    data = open_store(prepare(load_config(str(digits.one(f"{name} uniform") / "config.yaml")).data))
+    images, labels = evaluation_batch(data, data.test, 0, len(data.test), torch.device("cpu"))
+    with torch.no_grad():
+        correct = int((network(images).argmax(1) == labels).sum())
+    told = summary(digits.one(f"{name} uniform"))
+    assert correct == round(told["final_accuracy"] * len(labels))
+    assert told["final_accuracy"] > 0.1
+    assert told["rounds"] == ROUNDS
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_no_device_runs_out(digits: Runs, name: str) -> None:
+    completed = 0
+    for record in rounds_of(digits.one(f"{name} uniform")):
+        assert record["failed"] == {} or all("memory" not in reason for reason in record["failed"].values())
+        for device, peak in record["peak_memory_mib"].items():
+            assert 0 < peak <= record["cap_mib"][device]
+            completed += 1
+    assert completed > ROUNDS
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fedrolex", "depthfl"])
+def test_devices_train_the_level_of_their_cap(digits: Runs, name: str) -> None:
+    level_of_cap: dict[float, set[int]] = {}
+    for record in rounds_of(digits.one(f"{name} uniform")):
+        for device, level in record["level"].items():
+            level_of_cap.setdefault(record["cap_mib"][device], set()).add(level)
+    assert all(len(levels) == 1 for levels in level_of_cap.values())
+    ascending = [min(levels) for _, levels in sorted(level_of_cap.items())]
+    assert ascending == sorted(ascending)
+    assert len(set(ascending)) > 1
+
+
+@pytest.mark.parametrize("name", ["progfed", "progfed_layerwise"])
+def test_stages_get_equal_rounds(digits: Runs, name: str) -> None:
+    stages = [record for record in metrics(digits.one(f"{name} uniform")) if record["kind"] == "stage"]
+    assert [record["rounds"] for record in stages] == [2, 2, 2]
+    assert {record["reason"] for record in stages} == {"fixed"}
+
+
+def test_static_statistics_are_deployed(digits: Runs) -> None:
+    for name in ("heterofl", "fedrolex"):
+        state = fedfreeze.load_model(str(digits.one(f"{name} uniform"))).state_dict()
+        variances = [tensor for key, tensor in state.items() if key.endswith("running_var")]
+        assert variances
+        assert all(not torch.equal(tensor, torch.ones_like(tensor)) for tensor in variances)

@@ -1,7 +1,7 @@
 """A network and an image folder that the package does not know: all stages under caps, frozen bytes, ranks, resume."""
 
+import contextlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -162,5 +162,7 @@ def test_it_can_be_loaded_from_where_its_factory_is(finished: Path, project: Pat
         "network = fedfreeze.load_model('one')\n"
         "print(json.dumps([type(network).__name__, list(network(torch.zeros(2, 3, 14, 11)).shape)]))"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=True)
+    with contextlib.chdir(project):
+        done = run([sys.executable, "-c", script])
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ["Net", [2, 3]]

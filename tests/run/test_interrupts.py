@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from fedfreeze.run import experiment
 from fedfreeze.storage import checkpoint
 from fedfreeze.storage.run_folder import RunFolder
 from tests.support.in_process import note
-from tests.support.launching import ENVIRONMENT, summary
+from tests.support.launching import Process, start, summary
 from tests.support.tiny_runs import assert_no_leftovers, assert_same, go, leftovers, write
 
 # Ten seconds of grace for a rank that waits in C++ for the others to join.
@@ -112,21 +111,15 @@ runpy.run_module("fedfreeze", run_name="__main__", alter_sys=True)
 """
 
 
-def launch(folder: Path, where: str, ranks: int, *, driver: str = DRIVER) -> subprocess.Popen[str]:
+def launch(folder: Path, where: str, ranks: int, *, driver: str = DRIVER, fresh: bool = False) -> Process:
     arguments = [where] if driver else []
     code = ["-c", driver] if driver else ["-m", "fedfreeze"]
-    return subprocess.Popen(
-        [sys.executable, *code, *arguments, "run", "small.yaml", "--run-dir", "run", "--nproc", str(ranks)],
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    program = [sys.executable, *code, *arguments, "run", "small.yaml", "--run-dir", "run", "--nproc", str(ranks)]
+    with contextlib.chdir(folder):
+        return start(program, fresh=fresh)
 
 
-def end_of(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[str, str]:
+def end_of(process: Process, timeout_s: float = 60) -> tuple[str, str]:
     """Wait for the end; nobody of its process group may outlive it."""
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -154,7 +147,8 @@ LAUNCHED = {
     "name", [pytest.param(f"launched: {name}", marks=[pytest.mark.slow] if name in SLOW else []) for name in LAUNCHED]
 )
 def test_ctrl_c_of_a_launch(name: str, here: Path, whole: Path) -> None:
-    process = launch(here, *LAUNCHED[name.removeprefix("launched: ")])
+    where, ranks = LAUNCHED[name.removeprefix("launched: ")]
+    process = launch(here, where, ranks, fresh=":" not in where)  # imports are there to be interrupted
     out, err = end_of(process)
     said = out.splitlines()[-1] if out else "ended by the signal"
     note(f"Ctrl-C: {name.removeprefix('launched: ')}", "SIGINT", process.returncode, err or said)
@@ -175,7 +169,7 @@ def test_ctrl_c_at_any_moment(ranks: int, here: Path, whole: Path) -> None:
     """Seeded moments over the whole of a launch, imports included, as a terminal sends it; then the run goes on."""
     generator = random.Random(ranks)
     for _ in range(3):
-        process = launch(here, "", ranks, driver="")
+        process = launch(here, "", ranks, driver="", fresh=True)
         time.sleep(0.3 + generator.random() * 3)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.launching import (
+    Process,
     command,
     is_gone,
     metrics,
@@ -42,7 +42,7 @@ def newest_checkpoint(run_dir: Path) -> int:
     return max(rounds, default=0)
 
 
-def begin(config: Path, run_dir: Path, *options: str, ranks: int = 1, rounds: int = 2) -> subprocess.Popen[str]:
+def begin(config: Path, run_dir: Path, *options: str, ranks: int = 1, rounds: int = 2) -> Process:
     process = start(command(config, run_dir, *options, ranks=ranks))
     assert wait_for_round(process, run_dir, rounds)
     return process
@@ -153,7 +153,7 @@ def test_a_time_limit_ends_the_run_again_and_again(config: Path, tmp_path: Path)
 def test_a_signal_while_it_starts(config: Path, whole: Path, tmp_path: Path) -> None:
     """Before the first round it leaves at once: by the signal itself until it can take it, then with 75."""
     for number, pause in ((signal.SIGUSR1, 0.3), (signal.SIGTERM, 1.5), (signal.SIGUSR2, 2.5)):
-        process = start(command(config, tmp_path / "run", ranks=2))
+        process = start(command(config, tmp_path / "run", ranks=2), fresh=True)
         time.sleep(pause)
         os.kill(process.pid, number)
         _, err = process.communicate(timeout=60)

@@ -8,8 +8,6 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.support.launching import (
     command,
     kill_tree,
@@ -25,16 +23,8 @@ from tests.support.launching import (
 )
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("resume")
-    config = write_config(folder)
-    assert run(command(config, folder / "whole")).returncode == 0
-    return config, folder / "whole"
-
-
-def test_killed_three_times_at_random_moments(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
-    config, whole = uninterrupted
+def test_killed_three_times_at_random_moments(small_run: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = small_run
     total = rounds_done(whole)
     generator = random.Random(0)
     killed = 0
@@ -58,8 +48,8 @@ def test_killed_three_times_at_random_moments(uninterrupted: tuple[Path, Path], 
         assert summary(tmp_path / "run")[key] == summary(whole)[key]
 
 
-def test_torn_newest_checkpoint_falls_back(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
-    config, whole = uninterrupted
+def test_torn_newest_checkpoint_falls_back(small_run: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = small_run
     process = start(command(config, tmp_path / "run"))
     assert wait_for_round(process, tmp_path / "run", 4)
     kill_tree(process)
@@ -148,9 +138,9 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert f"in use by pid {process.pid}" in second.stderr
 
 
-def test_killed_between_the_last_checkpoint_and_the_end(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
+def test_killed_between_the_last_checkpoint_and_the_end(small_run: tuple[Path, Path], tmp_path: Path) -> None:
     """Nothing is left but to deploy: no round is trained again, and none on top."""
-    config, whole = uninterrupted
+    config, whole = small_run
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     (run_dir / "model.safetensors").unlink()
@@ -163,8 +153,8 @@ def test_killed_between_the_last_checkpoint_and_the_end(uninterrupted: tuple[Pat
     assert without_wall_time(metrics(run_dir)) == without_wall_time(metrics(whole))
 
 
-def test_checkpoints_of_another_network_are_refused(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
-    _, whole = uninterrupted
+def test_checkpoints_of_another_network_are_refused(small_run: tuple[Path, Path], tmp_path: Path) -> None:
+    _, whole = small_run
     other = write_config(tmp_path, model={"width": 4})
     run_dir = tmp_path / "run"
     shutil.copytree(whole / "checkpoints", run_dir / "checkpoints")
@@ -203,8 +193,8 @@ def test_interrupting_the_launcher_alone_reaches_the_ranks(tmp_path: Path) -> No
     assert summary(tmp_path / "run")["status"] == "preempted"
 
 
-def test_a_reader_that_leaves_does_not_stop_the_run(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
-    config, whole = uninterrupted
+def test_a_reader_that_leaves_does_not_stop_the_run(small_run: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = small_run
     process = start(command(config, tmp_path / "run"))
     assert process.stdout is not None
     process.stdout.readline()

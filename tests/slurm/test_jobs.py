@@ -10,9 +10,7 @@ import pytest
 
 from tests.support.checks import ROOT
 from tests.support.launching import command, rounds_done, run, sha256, summary, write_config
-from tests.support.slurm_fixture import SlurmJobs, slurm
-
-__all__ = ["slurm"]
+from tests.support.slurm_fixture import SlurmJobs
 
 FAKE = str(ROOT / "tests" / "support" / "fake_fedfreeze.sh")
 # small shares of the emulated nodes, so that jobs of one test run side by side

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.preloaded import Preloaded, start_preloaded
+
 # Small enough for a launch to cost little, with everything in it: caps that hold some stages of some devices only,
 # a device without samples is likely, two frozen blocks, and stages that end at different rounds.
 SMALL = {
@@ -65,11 +67,18 @@ def command(config: Path, run_dir: Path, *options: str, ranks: int = 1, by: str 
     return [sys.executable, *program, "--nproc", str(ranks)]
 
 
+# What tests wait for, signal and read.
+Process = subprocess.Popen[str] | Preloaded
+
+# A Python program that starts so needs no start of its own: see preloaded.py.
+PRELOADED = (["-m", "fedfreeze"], ["-c"])
+
+
 def run(
-    arguments: list[str], timeout_s: float = 240, environment: dict[str, str] | None = None
+    arguments: list[str], timeout_s: float = 240, environment: dict[str, str] | None = None, *, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; a run that hangs is killed with all its ranks and fails the test."""
-    process = start(arguments, environment)
+    process = start(arguments, environment, fresh=fresh)
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -78,8 +87,12 @@ def run(
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def start(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start in a process group of its own."""
+def start(arguments: list[str], environment: dict[str, str] | None = None, *, fresh: bool = False) -> Process:
+    """Start in a process group of its own; `fresh`: with an interpreter of its own, whose imports are waited for."""
+    program, *rest = arguments
+    is_file = rest[:1] and rest[0].endswith(".py")
+    if program == sys.executable and (is_file or any(rest[: len(begin)] == begin for begin in PRELOADED)) and not fresh:
+        return start_preloaded(rest, environment or ENVIRONMENT)
     return subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
@@ -115,7 +128,7 @@ def is_gone(process: int) -> bool:
         return True
 
 
-def kill_tree(process: subprocess.Popen[str], signal_number: int = signal.SIGKILL) -> None:
+def kill_tree(process: Process, signal_number: int = signal.SIGKILL) -> None:
     """Send a signal to a run and all its ranks at once."""
     os.killpg(process.pid, signal_number)
     process.communicate(timeout=60)
@@ -126,7 +139,7 @@ def rounds_done(run_dir: Path) -> int:
     return sum(record["kind"] == "round" for record in metrics(run_dir))
 
 
-def wait_for_round(process: subprocess.Popen[str], run_dir: Path, number: int, timeout_s: float = 120) -> bool:
+def wait_for_round(process: Process, run_dir: Path, number: int, timeout_s: float = 120) -> bool:
     """Wait until a round is done; False if the run ended before."""
     deadline = time.monotonic() + timeout_s
     while rounds_done(run_dir) < number:

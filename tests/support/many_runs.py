@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,33 @@ from fedfreeze.comm.launcher import Launch
 from fedfreeze.comm.local_ranks import run_local_ranks
 from fedfreeze.config.file import load_config
 from fedfreeze.config.schema import Config
-from fedfreeze.device.cost import measure_costs
+from fedfreeze.data.store import open_store, prepare
+from fedfreeze.device.cost import Costs, fit_method, measure_costs
+from fedfreeze.fleet.devices import make_fleet
+from fedfreeze.run import experiment
 from fedfreeze.run.experiment import Experiment
 from fedfreeze.run.session import run_rank
 
 record_round = Experiment._record
 
 
+@cache
+def predicted(config_name: str, overrides: tuple[str, ...]) -> tuple[dict[str, Any], Costs]:
+    """Return what a method makes of the fleet, and what its stages cost."""
+    config = load_config(config_name, overrides)
+    data, fleet = open_store(prepare(config.data)), make_fleet(config.fleet, config.seed)
+    fitted = fit_method(config, data.image_shape, data.num_classes, fleet.memory_cap_bytes)
+    return fitted, measure_costs(config, data.image_shape, data.num_classes, fitted)
+
+
 def run_task(task: dict[str, Any]) -> list[int]:
     """Return the exit codes of a task's lives."""
     config = load_config(task["config"], task["overrides"])
+    # found once for each method, and not again by every life of each of its runs; the selector changes nothing in it
+    overrides = [override for override in task["overrides"] if not override.startswith("--select.")]
+    fitted, costs = predicted(task["config"], tuple(overrides))
+    experiment.fit_method = lambda *_: fitted
+    experiment.measure_costs = lambda *_: costs
     run_dir = Path(task["run_dir"])
     codes = []
     if task["kill_in_round"] is not None:
@@ -52,8 +69,6 @@ def run_and_die(config: Config, run_dir: Path, last_round: int, launch: Launch) 
 
 def main() -> int:
     tasks = json.loads(Path(sys.argv[1]).read_text())
-    # what torch loads at the first use of fake tensors and of autograd is loaded here, once, and not by every rank
-    measure_costs(load_config(tasks[0]["config"], tasks[0]["overrides"]), (1, 8, 8), 10)
     answers = sys.stdout
     sys.stdout = sys.stderr  # what runs say must not come between the answers
     for task in tasks:
