@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedfreeze.compute import torch_threads
 from tests.support.checks import ROOT
@@ -16,7 +17,37 @@ from tests.support.tiny_runs import go, write
 
 __all__ = ["slurm"]
 
+pytest_plugins = ["tests.support.by_room"]
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test may reach for the network
+torch.set_num_threads(1)  # test files run side by side, and threads that wait for a core cost more than they bring
+
+
+# The files that take longest, so that none of them is begun when the others are done.
+LONGEST = [
+    "methods/test_every_method",
+    "run/test_preempted_runs",
+    "slurm/test_jobs",
+    "launch/test_scripts",
+    "comm/test_every_launcher",
+    "test_documents",
+    "run/test_resume",
+    "run/test_interrupts",
+    "device/test_cost",
+    "methods/test_levels",
+    "doctor/test_doctor",
+    "comm/test_ranks",
+    "comm/test_lost_ranks",
+    "plan/test_cut",
+    "track/test_sync",
+    "track/test_synced_run",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the longest files to the front; within a file the order stays."""
+    place = {ROOT / "tests" / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session")

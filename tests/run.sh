@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 
-# two test files at once: most of their time is the start of programs that use one core
-select=(-m "not slow" -n 2 --dist loadfile)
+# three test files at once, the long ones first: many wait for programs that use one core, or none
+select=(-m "not slow" -n 3 --dist loadfile --no-loadscope-reorder)
 if [ "${1:-}" = --full ]; then
   select=() # one at a time, so that -s shows what the long ones print
   shift
@@ -21,4 +21,4 @@ case $VENV in /*) export PATH="$VENV/bin:$PATH" ;; esac
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "${select[@]}" "$@"
+python -m pytest --rooms --durations=25 "${select[@]}" "$@"

@@ -90,9 +90,13 @@ def test_a_signal_ends_the_waiting(number: signal.Signals, code: int, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @needs_mpirun
 def test_mpirun_takes_a_run_that_is_done_for_done(tmp_path: Path) -> None:
-    """MPI must be ended in order on every good way out, also where there was nothing to do, and with one rank."""
+    """MPI must be ended in order on every good way out, also where there was nothing to do, and with one rank.
+
+    In test_every_launcher, too, with two ranks that train and one that finds nothing to do.
+    """
     pytest.importorskip("mpi4py")
     config = write_config(tmp_path, **FEW)
     for ranks in (1, 2):  # the second finds it finished

@@ -21,8 +21,19 @@ def measured_peak(stage: Stage, config: object, batch_size: int, image_shape: tu
     return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
 
 
-@pytest.mark.parametrize("kind", ["conv_norm", "conv", "block", "pool"])
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    [
+        ("batch", "conv_norm"),
+        ("batch", "conv"),
+        ("batch", "block"),
+        ("batch", "pool"),
+        ("group", "conv_norm"),
+        pytest.param("group", "conv", marks=pytest.mark.slow),
+        pytest.param("group", "block", marks=pytest.mark.slow),
+        pytest.param("group", "pool", marks=pytest.mark.slow),
+    ],
+)
 def test_prediction_equals_measurement(kind: str, norm: str) -> None:
     shape = (3, 16, 16)
     config = make_config(
@@ -108,8 +119,17 @@ def test_fedavg_has_one_stage_the_full_model() -> None:
     assert costs.stages[0].memory_bytes == costs.full.memory_bytes
 
 
-@pytest.mark.parametrize("method_name", ["smartfreeze", "fedavg"])
-@pytest.mark.parametrize("model", ["resnet10", "vgg11", "vit"])
+@pytest.mark.parametrize(
+    ("model", "method_name"),
+    [
+        ("resnet10", "smartfreeze"),
+        ("vgg11", "fedavg"),
+        ("vit", "fedavg"),
+        pytest.param("resnet10", "fedavg", marks=pytest.mark.slow),
+        pytest.param("vgg11", "smartfreeze", marks=pytest.mark.slow),
+        pytest.param("vit", "smartfreeze", marks=pytest.mark.slow),
+    ],
+)
 def test_count_agrees_with_torchs_own_memory_tracker(model: str, method_name: str) -> None:
     """An independent count of the same step: torch's MemTracker, within 2 %. (It cannot follow a frozen prefix.)"""
     from torch.distributed._tools.mem_tracker import MemTracker

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.checks import ROOT
-from tests.support.launching import ENVIRONMENT, sha256, summary, wait_for_round, write_config
+from tests.support.launching import (
+    ENVIRONMENT,
+    metrics,
+    sha256,
+    summary,
+    wait_for_round,
+    without_wall_time,
+    write_config,
+)
 
 FAKE = ROOT / "tests" / "support" / "fake_fedfreeze.sh"
 SOURCED = [ROOT / "launch" / f"{name}.sh" for name in ("environment", "local_start", "restart", "settings")]
@@ -367,7 +375,11 @@ def test_a_run_that_was_told_to_leave_goes_on_to_the_same_bits(
     process = launch(tmp_path, launcher)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
+    assert "\x1b" not in out  # no bar in what is no terminal, though mpirun gives its ranks one
     assert sha256(tmp_path / "run") == sha256(undisturbed)
+    assert without_wall_time(metrics(tmp_path / "run")) == without_wall_time(metrics(undisturbed))
+    found = summary(tmp_path / "run")
+    assert [found[key] for key in ("launcher", "world_size", "backend")] == [launcher, 2, "gloo"]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=[MPIRUN, pytest.mark.slow])])

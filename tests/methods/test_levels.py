@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 SHAPE = (3, 16, 16)
 BATCH = 8
 OURS = ("exclusivefl", "allsmall", "heterofl", "fedrolex", "depthfl", "progfed", "progfed_layerwise")
-OTHERS = (("heterofl", "vgg11"), ("depthfl", "resnet10"), ("progfed_layerwise", "vit"))
+OTHERS = [("heterofl", "vgg11"), ("depthfl", "resnet10"), ("progfed_layerwise", "vit")]
 
 OWN = """
 from torch import nn
@@ -74,7 +74,10 @@ def measured_peak(stage: Stage, config: Config) -> int:
     return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
 
 
-@pytest.mark.parametrize(("name", "model"), [*((name, "resnet8") for name in OURS), *OTHERS])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [*((name, "resnet8") for name in OURS), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)],
+)
 def test_measured_peak_is_the_predicted_one(name: str, model: str) -> None:
     norm = "group" if model == "resnet10" else "batch"
     config = config_of(name, model={"name": model, "norm": norm}, method={"widths": [1.0, 0.5, 0.25]})
@@ -161,7 +164,7 @@ def memory_of_width(config: Config, width: int) -> int:
         return step_memory(full_model_stage(network, CPU), config.train, SHAPE)
 
 
-@pytest.mark.parametrize("model", ["resnet8", "vgg11"])
+@pytest.mark.parametrize("model", ["resnet8", pytest.param("vgg11", marks=pytest.mark.slow)])
 def test_allsmall_takes_the_largest_width_that_fits(model: str) -> None:
     config = config_of("allsmall", model={"name": model, "width": 16})
     cap = MIB // 2

@@ -1,7 +1,9 @@
 """`plan --cut`: the smallest peak for each number of blocks, and a run that takes in whom the usual cut leaves out."""
 
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,19 +12,24 @@ import yaml
 from fedfreeze.cli import main
 from fedfreeze.config.file import make_config
 from fedfreeze.config.schema import Config
+from fedfreeze.device.cost import Costs, fake_tensors, measure_costs
 from fedfreeze.errors import ConfigError
 from fedfreeze.fleet.devices import make_fleet
-from fedfreeze.plan.cut import proposal_of, propose
+from fedfreeze.network.blocks import build_outline
+from fedfreeze.plan import cut
+from fedfreeze.plan.cut import _Search, proposal_of, propose, with_split
 from tests.support.checks import assert_one_line
+from tests.support.in_process import TINY
 from tests.support.launching import command, metrics, run
 
 SHAPE, CLASSES = (3, 12, 12), 4
-# Synthetic images large enough for activations to decide; stage 1 of the usual cut needs 3.28 MiB.
+# Synthetic images large enough for activations to decide; stage 1 of the usual cut needs 2.22 MiB.
+CAP_MIB = 2.1
 CUTTABLE = {
     "name": "cuttable",
     "data": {"name": "synthetic", "synthetic_shape": [3, 16, 16], "synthetic_samples": 800, "partition": "iid"},
-    "model": {"name": "resnet18", "width": 4},
-    "fleet": {"devices": 8, "memory_cap_mib": [2.8, 9, 9, 9]},
+    "model": {"name": "resnet8", "width": 4},
+    "fleet": {"devices": 8, "memory_cap_mib": [CAP_MIB, 9, 9, 9]},
     "train": {"rounds": 3, "participants": 8, "batch_size": 64},
     "pace": {"policy": "fixed"},
 }
@@ -37,6 +44,26 @@ def small(**sections: dict[str, object]) -> Config:
     return make_config(values | sections)
 
 
+@functools.cache
+def costs_of(split: tuple[str, ...]) -> Costs:
+    return measure_costs(with_split(small(), split), SHAPE, CLASSES)
+
+
+@functools.cache
+def estimate_of(begin: int, end: int, measure: Callable[[_Search, int, int], int] = _Search._estimate) -> int:
+    with fake_tensors():
+        outline = build_outline(small().model, SHAPE, CLASSES, 0)
+    return measure(_Search(small(), outline, SHAPE, CLASSES, make_fleet(small().fleet, 0)), begin, end)
+
+
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cut of the network of `small` is measured once, whichever test needs it: the fleet changes nothing in it."""
+    monkeypatch.setattr(cut, "measure_costs", lambda config, *_: costs_of(tuple(config.model.split)))
+    monkeypatch.setattr(_Search, "_estimate", lambda self, begin, end: estimate_of(begin, end))
+
+
+@pytest.mark.usefixtures("measured_once")
 def test_each_proposal_has_the_smallest_peak_of_all_cuts_into_as_many_blocks() -> None:
     config = small()
     fleet = make_fleet(config.fleet, 0)
@@ -45,7 +72,7 @@ def test_each_proposal_has_the_smallest_peak_of_all_cuts_into_as_many_blocks() -
     lowest = None
     for blocks in range(1, len(places) + 1):
         cuts = [("conv1", *rest) for rest in itertools.combinations(places[1:], blocks - 1)]
-        peak = min(proposal_of(config, cut, SHAPE, CLASSES, fleet).peak_bytes for cut in cuts)
+        peak = min(proposal_of(config, split, SHAPE, CLASSES, fleet).peak_bytes for split in cuts)
         if lowest is None or peak < lowest:
             assert found[blocks].peak_bytes == peak
             lowest = peak
@@ -53,6 +80,7 @@ def test_each_proposal_has_the_smallest_peak_of_all_cuts_into_as_many_blocks() -
             assert blocks not in found
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_it_ends_at_the_fewest_blocks_that_do() -> None:
     costs = [p.peak_bytes for p in propose(small(), SHAPE, CLASSES, make_fleet(small().fleet, 0), 1.0)]
     assert len(costs) > 1
@@ -90,10 +118,10 @@ def proposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quarter_that_cannot_hold_stage_1_can_join_with_the_proposed_cut(proposed: Path) -> None:
     told = json.loads((proposed / "cut.json").read_text())
     assert told["usual"]["stages"][0]["eligible"] == 6
-    assert told["usual"]["peak_mib"] > 2.8
+    assert told["usual"]["peak_mib"] > CAP_MIB
     chosen = told["proposals"][-1]
     assert chosen["eligible"] == 8
-    assert chosen["peak_mib"] <= 2.8
+    assert chosen["peak_mib"] <= CAP_MIB
     assert chosen["split"] == yaml.safe_load((proposed / "cut.yaml").read_text())["model"]["split"]
 
 
@@ -104,7 +132,11 @@ def test_a_run_with_the_proposed_cut_takes_them_in(proposed: Path) -> None:
         if record["kind"] == "round":
             assert record["selected"] == list(range(8))
             assert record["failed"] == {}
-            assert max(record["peak_memory_mib"][device] for device in ("0", "4")) <= 2.8
+            assert max(record["peak_memory_mib"][device] for device in ("0", "4")) <= CAP_MIB
+
+
+# A network that is soon searched through.
+TWO_PLACES = ["--model.factory=network_of_two_places:tiny"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +145,7 @@ def test_a_run_with_the_proposed_cut_takes_them_in(proposed: Path) -> None:
         (["--cut", "--share=1.2"], 64, "'1.2' is not a share"),
         (["--cut", "--share=0"], 64, "'0' is not a share"),
         (["--cut", "--method.name=fedavg"], 64, "cuts are sought for the stages of smartfreeze"),
-        (["--cut", "--fleet.memory_cap_mib=0.01"], 64, "no cut lets 90% of the devices join every stage"),
+        (["--cut", "--fleet.memory_cap_mib=0.01", *TWO_PLACES], 64, "no cut lets 90% of the devices join every stage"),
         (["--cut", "--fleet.memory_cap_mib=9", "--write=cut.json"], 64, "end in .yaml"),
         (["--cut", "--fleet.memory_cap_mib=9", "--write=/dev/null/cut.yaml"], 74, "cannot write /dev/null/cut.yaml"),
         (["--partition-picture=p.txt"], 64, "must end in .png"),
@@ -122,8 +154,15 @@ def test_a_run_with_the_proposed_cut_takes_them_in(proposed: Path) -> None:
     ids=lambda value: str(value)[:60],
 )
 def test_what_cannot_be_is_one_line(
-    options: list[str], code: int, says: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    options: list[str],
+    code: int,
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "network_of_two_places.py").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
     arguments = ["plan", "digits", "--model.width=4", f"--data.cache_dir={tmp_path}", *options]
     try:
         returned = main(arguments)
