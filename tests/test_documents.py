@@ -1,5 +1,6 @@
 """Every command and every piece of Python in the documents works as it is written."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from fedfreeze.config.reference import configuration_reference
 from tests.support.checks import ROOT
 from tests.support.documents import DOCUMENTS, EXTENDING, blocks_of, commands_of
+from tests.support.launching import run
 from tests.support.preloaded import command_for_shells
 
 SHORT = ["--train.rounds=3", "--train.local_epochs=1", "--pace.policy=fixed"]
@@ -99,6 +101,7 @@ NOT_RUN = {
 
 # What takes more than a few seconds and is not the first thing that a reader types.
 SLOW = {
+    "fedfreeze plan digits --cut --share=0.7",
     "torchrun --nproc-per-node=4 -m fedfreeze doctor",
     "torchrun --nproc-per-node=4 -m fedfreeze run digits --run-dir runs/torchrun",
     "fedfreeze run cifar10 --nproc 2 --data.path=FOLDER",
@@ -204,7 +207,8 @@ def test_command_works_as_written(command: str, workplace: Workplace) -> None:
 def test_python_works_as_written(document: str, piece: str, workplace: Workplace) -> None:
     assert workplace.run("fedfreeze run digits").returncode == 0
     (workplace.folder / "piece.py").write_text(piece)
-    done = workplace.shell("python piece.py")
+    with contextlib.chdir(workplace.folder):
+        done = run([sys.executable, "piece.py"])
     assert done.returncode == 0, f"{document}\n{piece}\n{done.stderr}"
 
 

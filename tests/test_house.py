@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import fedfreeze
 from tests.support.checks import ROOT
 
 PACKAGE = ROOT / "fedfreeze"
@@ -219,9 +220,22 @@ def test_readme_names_every_module_and_every_link_leads_somewhere() -> None:
             assert told is not None, f"{room} is not in the tree"
             if room != module.name and module.stem != "command":  # each command of the command line has its own
                 assert re.search(rf"\b{module.stem}\b", told[0]), f"{room}/{module.name} is not in the tree"
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "slurm").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_pre_commit_runs_what_the_test_script_runs() -> None:
+    lines = (ROOT / "tests" / "run.sh").read_text().splitlines()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == [line for line in lines if line.startswith(("ruff", "mypy"))]
+
+
+def test_the_citation_names_this_version_and_the_paper() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == fedfreeze.__version__
+    assert f"## {fedfreeze.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert cited["references"][0]["url"].endswith("2408.09101")
 
 
 def test_scripts_are_executable_and_parse() -> None:

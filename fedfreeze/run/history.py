@@ -1,5 +1,6 @@
 """Keeps the books of a run: the records of metrics.jsonl and summary.json."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -242,8 +243,12 @@ def versions() -> dict[str, str]:
     }
 
 
+@functools.cache
 def git_revision() -> str | None:
-    """Return the revision of fedfreeze's own checkout (`+dirty`: changed); None if it is no checkout."""
+    """Return the revision of fedfreeze's own checkout (`+dirty`: changed); None if it is no checkout.
+
+    Asked once a process: what is loaded does not change with the checkout.
+    """
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--exclude=*"]
     try:

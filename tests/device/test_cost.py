@@ -54,8 +54,15 @@ def test_prediction_equals_measurement(kind: str, norm: str) -> None:
     assert measured_peak(full, config, 8, shape) == costs.full.memory_bytes
 
 
-@pytest.mark.parametrize("model", ["vgg11", "vit"])
-@pytest.mark.parametrize("method_name", ["smartfreeze", "fedavg_checkpointing"])
+@pytest.mark.parametrize(
+    ("method_name", "model"),
+    [
+        ("smartfreeze", "vgg11"),
+        ("fedavg_checkpointing", "vit"),
+        pytest.param("smartfreeze", "vit", marks=pytest.mark.slow),
+        pytest.param("fedavg_checkpointing", "vgg11", marks=pytest.mark.slow),
+    ],
+)
 def test_prediction_equals_measurement_for_other_architectures(model: str, method_name: str) -> None:
     shape = (3, 16, 16)
     values = {"model": {"name": model, "width": 8}, "method": {"name": method_name}, "train": {"batch_size": 8}}
@@ -104,12 +111,12 @@ def test_flops_and_elements_against_a_hand_count() -> None:
     assert [cost.frozen_flops for cost in costs.stages[:1]] == [0]
 
 
-def test_a_full_model_costs_more_than_any_stage() -> None:
-    for batch_size in (32, 128):
-        config = make_config({"model": {"name": "resnet18", "width": 64}, "train": {"batch_size": batch_size}})
-        costs = measure_costs(config, (3, 32, 32), 10)
-        assert all(cost.memory_bytes < costs.full.memory_bytes for cost in costs.stages)
-        assert all(cost.step_flops < costs.full.step_flops for cost in costs.stages)
+@pytest.mark.parametrize("batch_size", [pytest.param(32, marks=pytest.mark.slow), 128])
+def test_a_full_model_costs_more_than_any_stage(batch_size: int) -> None:
+    config = make_config({"model": {"name": "resnet18", "width": 64}, "train": {"batch_size": batch_size}})
+    costs = measure_costs(config, (3, 32, 32), 10)
+    assert all(cost.memory_bytes < costs.full.memory_bytes for cost in costs.stages)
+    assert all(cost.step_flops < costs.full.step_flops for cost in costs.stages)
 
 
 def test_fedavg_has_one_stage_the_full_model() -> None:

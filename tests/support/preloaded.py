@@ -7,6 +7,7 @@ its imports. Tests of imports, of a bare start and of launchers start the real t
 """
 
 import contextlib
+import fcntl
 import functools
 import io
 import json
@@ -129,11 +130,25 @@ def _answer(line: socket.socket) -> bytes:
 
 @functools.cache
 def _server() -> str:
-    """Start the server of this process and return the path of its socket; it ends with this process."""
-    folder = tempfile.mkdtemp(prefix="fedfreeze-tests-")  # a socket's path has at most 107 characters
+    """Return the path of the server's socket; it is one for all workers of a test session.
+
+    Whoever is the first to need it starts it, and it ends with that process.
+    """
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    # a socket's path has at most 107 characters
+    place = Path(tempfile.gettempdir()) / f"fedfreeze-tests-{session[:12]}" / "socket"
+    with open(place.parent.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            place.parent.mkdir()
+            _start_server(place)
+    return str(place)
+
+
+def _start_server(place: Path) -> None:
     read, write = os.pipe()  # the server sees its end when this process ends, however it does
     subprocess.Popen(
-        [sys.executable, "-m", "tests.support.preloaded", "serve", folder, str(read)],
+        [sys.executable, "-m", "tests.support.preloaded", "serve", str(place.parent), str(read)],
         cwd=ROOT,
         env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
         pass_fds=[read],
@@ -142,12 +157,10 @@ def _server() -> str:
     )
     os.close(read)
     os.set_inheritable(write, False)
-    place = f"{folder}/socket"
     deadline = time.monotonic() + 120
-    while not os.path.exists(place):
+    while not place.exists():
         assert time.monotonic() < deadline, "the program that has fedfreeze loaded did not start"
         time.sleep(0.05)
-    return place
 
 
 # --- a client for shells: it stands for the program that it has started
@@ -189,6 +202,7 @@ def serve() -> int:
                 if key.fd == life:
                     os.unlink(f"{folder}/socket")
                     os.rmdir(folder)
+                    os.unlink(f"{folder}.lock")
                     return 0
                 if key.fd == bell:
                     os.read(bell, 4096)
