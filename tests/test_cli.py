@@ -19,7 +19,7 @@ BAD_CONFIGURATIONS = {
     "wrong type": (["--train.rounds=many"], "train.rounds: 'many'"),
     "out of range": (["--train.momentum=1.5"], "train.momentum: 1.5: Input should be less than 1"),
     "not in the list": (["--method.name=fedprox"], "allowed: smartfreeze, fedavg"),
-    "participants beyond devices": (["--train.participants=99"], "99 is more than fleet.devices (12)"),
+    "participants beyond devices": (["--train.participants=99"], "99 is more than fleet.devices (24)"),
     "no override": (["rounds=3"], "unexpected argument 'rounds=3'"),
     "a fleet in which nobody holds a stage": (
         ["--fleet.memory_cap_mib=0.2"],
@@ -79,7 +79,7 @@ def test_plan_prints_every_stage_and_trains_nothing(tmp_path: Path, capsys: pyte
     assert main(["plan", str(config), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [row["blocks"] for row in plan["stages"]] == ["conv1..layer1", "layer2", "layer3", "full model"]
-    caps = [0.33, 0.4, 0.6, 0.9] * 3
+    caps = [0.33, 0.4, 0.6, 0.9] * 6
     for row in plan["stages"]:
         assert row["eligible"] == sum(cap >= row["memory_mib"] for cap in caps)
     assert main(["plan", str(config)]) == 0

@@ -28,7 +28,7 @@ RANKS = 3
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lost")
-    return write_config(folder, train={"rounds": 16, "local_epochs": 2}, pace={"policy": "fixed"})
+    return write_config(folder, train={"rounds": 16, "local_epochs": 3}, pace={"policy": "fixed"})
 
 
 @pytest.fixture(scope="module")

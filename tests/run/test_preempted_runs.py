@@ -22,7 +22,7 @@ from tests.support.launching import (
     write_config,
 )
 
-LONG = {"train": {"rounds": 18}, "pace": {"policy": "fixed"}}
+LONG = {"train": {"rounds": 18, "local_epochs": 2}, "pace": {"policy": "fixed"}}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_the_file_stop_ends_the_run_and_stays_until_it_is_started_again(
 
 def test_a_time_limit_ends_the_run_again_and_again(config: Path, tmp_path: Path) -> None:
     """A limit of so many seconds, as a job has: each life does some rounds, and none is lost."""
-    few = ["--train.rounds=9", "--train.local_epochs=4"]
+    few = ["--train.rounds=9", "--train.local_epochs=8"]
     whole = tmp_path / "whole"
     started = time.monotonic()
     process = begin(config, whole, *few, rounds=1)

@@ -207,7 +207,7 @@ def test_a_reader_that_leaves_does_not_stop_the_run(small_run: tuple[Path, Path]
 def test_changed_caps_are_noticed_on_resume(tmp_path: Path) -> None:
     """config.yaml only names the CSV file; the run is made of what was in it."""
     fleet = tmp_path / "fleet.csv"
-    rows = [f"{device},{[0.33, 0.4, 0.6, 0.9][device % 4]}" for device in range(12)]
+    rows = [f"{device},{[0.33, 0.4, 0.6, 0.9][device % 4]}" for device in range(24)]
     fleet.write_text("device,memory_cap_mib\n" + "\n".join(rows) + "\n")
     config = write_config(tmp_path, fleet={"memory_cap_mib": str(fleet)})
     process = start(command(config, tmp_path / "run"))

@@ -17,8 +17,8 @@ FAKE = str(ROOT / "tests" / "support" / "fake_fedfreeze.sh")
 SMALL_TASKS = ("--nodes=1", "--ntasks-per-node=1", "--mem-per-cpu=100")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 # seconds between round 3 and the end, also on a fast machine: SLURM and the file `stop` take one or two
-ENOUGH = {"train": {"local_epochs": 3}}
-LONG = {"train": {"rounds": 40, "local_epochs": 4}, "pace": {"slope_limit": 1e-9}}
+ENOUGH = {"train": {"local_epochs": 6}}
+LONG = {"train": {"rounds": 40, "local_epochs": 8}, "pace": {"slope_limit": 1e-9}}
 
 
 def submit(

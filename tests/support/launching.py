@@ -23,7 +23,7 @@ SMALL = {
     "name": "small",
     "data": {"name": "digits", "alpha": 0.3},
     "model": {"name": "resnet8", "width": 8},
-    "fleet": {"devices": 12, "memory_cap_mib": [0.33, 0.4, 0.6, 0.9]},
+    "fleet": {"devices": 24, "memory_cap_mib": [0.33, 0.4, 0.6, 0.9]},
     "train": {"rounds": 16, "participants": 6, "local_epochs": 1, "batch_size": 16, "learning_rate": 0.05},
     "pace": {"policy": "perturbation", "window": 3, "slope_window": 2, "checks": 1, "slope_limit": 0.5},
     "eval": {"every_rounds": 4},

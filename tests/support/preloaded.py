@@ -9,6 +9,7 @@ its imports. Tests of imports, of a bare start and of launchers start the real t
 import contextlib
 import fcntl
 import functools
+import gc
 import io
 import json
 import os
@@ -229,13 +230,18 @@ def serve() -> int:
 
 def _warm_up() -> None:
     """Make a short run of one rank, so that all is loaded and made that the first of a process loads and makes."""
+    import sklearn.datasets
+
     from fedfreeze.cli import main as run
     from tests.support.launching import write_config
 
+    assert sklearn.datasets  # where digits come from, for those that bring a cache of their own
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = write_config(Path(folder), train={"rounds": 3}, pace={"policy": "fixed"})
         code = run(["run", str(config), "--run-dir", f"{folder}/run"])
     assert code == 0, "the run before all others failed"
+    gc.collect()
+    gc.freeze()  # or each forked process would look through all that is loaded, and so copy it
 
 
 def _run(request: dict[str, Any], streams: Sequence[int]) -> int:
