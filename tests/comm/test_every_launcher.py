@@ -77,6 +77,7 @@ def test_srun_on_one_node_and_on_two(
     check(one, tmp_path / "run", "srun", ranks)
 
 
+@pytest.mark.slow
 @needs_mpi4py
 def test_transport_mpi_under_srun_on_two_nodes(config: Path, one: Path, tmp_path: Path, slurm: SlurmJobs) -> None:
     result = run(command(config, tmp_path / "run", MPI, ranks=2, by="srun 2"), environment=slurm.environment)

@@ -127,7 +127,7 @@ def test_the_file_stop_ends_the_run_and_stays_until_it_is_started_again(
 
 def test_a_time_limit_ends_the_run_again_and_again(config: Path, tmp_path: Path) -> None:
     """A limit of so many seconds, as a job has: each life does some rounds, and none is lost."""
-    few = ["--train.rounds=9", "--train.local_epochs=8"]
+    few = ["--train.rounds=9", "--train.local_epochs=4"]
     whole = tmp_path / "whole"
     started = time.monotonic()
     process = begin(config, whole, *few, rounds=1)
