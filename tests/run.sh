@@ -8,10 +8,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 
-# three test files at once, the long ones first: many wait for programs that use one core, or none
-select=(-m "not slow" -n 3 --dist loadfile --no-loadscope-reorder)
+# test files side by side, the long ones first: many wait for programs that use one core, or none
+select=(-m "not slow" -n 3)
 if [ "${1:-}" = --full ]; then
-  select=() # one at a time, so that -s shows what the long ones print
+  select=(-n 2) # some of the long ones look at the clock
   shift
 fi
 make_environment '.[test]'
@@ -20,5 +20,12 @@ case $VENV in /*) export PATH="$VENV/bin:$PATH" ;; esac
 
 ruff check .
 ruff format --check .
-mypy
-python -m pytest --rooms --durations=25 "${select[@]}" "$@"
+types=$(mktemp)
+mypy >"$types" 2>&1 & # beside the tests: it uses one core
+checker=$!
+code=0
+python -m pytest --rooms --durations=25 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@" || code=$?
+wait "$checker" || code=$((code ? code : 1))
+cat "$types"
+rm "$types"
+exit "$code"

@@ -76,8 +76,8 @@ def without(folder: Path, *names: str) -> None:
 CONFIGURATIONS = {
     # keys that contradict each other
     "participants > devices": Bad(
-        ("train.participants: 13", "fleet.devices (12)", "lower the one or raise the other"),
-        ("--train.participants=13",),
+        ("train.participants: 25", "fleet.devices (24)", "lower the one or raise the other"),
+        ("--train.participants=25",),
     ),
     "max_rounds < min_rounds": Bad(
         ("pace.max_rounds: 3 is less than pace.min_rounds (5)",), ("--pace.max_rounds=3", "--pace.min_rounds=5")
@@ -237,7 +237,7 @@ def csv(text: str | bytes, *says: str) -> Bad:
     )
 
 
-ROWS = "".join(f"{device},2\n" for device in range(12))
+ROWS = "".join(f"{device},2\n" for device in range(24))
 HEAD = "device,memory_cap_mib\n"
 FLEETS = {
     "CSV: missing column": csv(f"device,cap\n{ROWS}", "line 2 has no memory_cap_mib", "must name the columns"),
@@ -247,9 +247,9 @@ FLEETS = {
         ("--fleet.memory_cap_mib=fleet.csv",),
         files={"fleet.csv": HEAD + ROWS.replace("11,2", "11,-2")},
     ),
-    "CSV: duplicate device": csv(f"{HEAD}{ROWS}3,2\n", "line 14 gives device 3 a second time"),
-    "CSV: missing device": csv(HEAD + ROWS.replace("7,2\n", ""), "device 7 is missing", "fleet.devices is 12"),
-    "CSV: a device too many": csv(f"{HEAD}{ROWS}12,2\n", "it lists 13 devices", "numbered 0 to 11"),
+    "CSV: duplicate device": csv(f"{HEAD}{ROWS}3,2\n", "line 26 gives device 3 a second time"),
+    "CSV: missing device": csv(HEAD + ROWS.replace("7,2\n", ""), "device 7 is missing", "fleet.devices is 24"),
+    "CSV: a device too many": csv(f"{HEAD}{ROWS}24,2\n", "it lists 25 devices", "numbered 0 to 23"),
     "CSV: text for a number": csv(HEAD + ROWS.replace("5,2", "5,much"), "line 7 is not a device number and a cap"),
     "CSV: unit in the cell": csv(HEAD + ROWS.replace("5,2", "5,2 MiB"), "line 7 is not a device number and a cap"),
     "CSV: semicolons": csv((HEAD + ROWS).replace(",", ";"), "line 2 has no device"),

@@ -101,6 +101,7 @@ NOT_RUN = {
 
 # What takes more than a few seconds and is not the first thing that a reader types.
 SLOW = {
+    "fedfreeze run cifar10 --name=parquet --data.path=FOLDER",
     "fedfreeze plan digits --cut --share=0.7",
     "torchrun --nproc-per-node=4 -m fedfreeze doctor",
     "torchrun --nproc-per-node=4 -m fedfreeze run digits --run-dir runs/torchrun",

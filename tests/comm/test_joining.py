@@ -93,10 +93,7 @@ def test_a_signal_ends_the_waiting(number: signal.Signals, code: int, tmp_path: 
 @pytest.mark.slow
 @needs_mpirun
 def test_mpirun_takes_a_run_that_is_done_for_done(tmp_path: Path) -> None:
-    """MPI must be ended in order on every good way out, also where there was nothing to do, and with one rank.
-
-    In test_every_launcher, too, with two ranks that train and one that finds nothing to do.
-    """
+    """MPI must be ended in order on every good way out, also where there was nothing to do, and with one rank."""
     pytest.importorskip("mpi4py")
     config = write_config(tmp_path, **FEW)
     for ranks in (1, 2):  # the second finds it finished

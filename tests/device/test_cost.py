@@ -25,9 +25,9 @@ def measured_peak(stage: Stage, config: object, batch_size: int, image_shape: tu
     ("norm", "kind"),
     [
         ("batch", "conv_norm"),
-        ("batch", "conv"),
+        pytest.param("batch", "conv", marks=pytest.mark.slow),
         ("batch", "block"),
-        ("batch", "pool"),
+        pytest.param("batch", "pool", marks=pytest.mark.slow),
         ("group", "conv_norm"),
         pytest.param("group", "conv", marks=pytest.mark.slow),
         pytest.param("group", "block", marks=pytest.mark.slow),
@@ -130,7 +130,7 @@ def test_fedavg_has_one_stage_the_full_model() -> None:
     ("model", "method_name"),
     [
         ("resnet10", "smartfreeze"),
-        ("vgg11", "fedavg"),
+        pytest.param("vgg11", "fedavg", marks=pytest.mark.slow),
         ("vit", "fedavg"),
         pytest.param("resnet10", "fedavg", marks=pytest.mark.slow),
         pytest.param("vgg11", "smartfreeze", marks=pytest.mark.slow),

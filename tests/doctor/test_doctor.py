@@ -303,6 +303,7 @@ def test_under_mpirun(tmp_path: Path) -> None:
     assert found["launcher"]["facts"]["launcher"] == "mpirun"
 
 
+@pytest.mark.slow
 def test_under_srun_on_two_nodes(slurm: SlurmJobs, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "fedfreeze", "doctor", "--json", "--ranks=2"]
     done = subprocess.run(

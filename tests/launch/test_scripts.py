@@ -355,7 +355,7 @@ def launch(folder: Path, launcher: str, **environment: str) -> subprocess.Popen[
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        pytest.param("mpirun", signal.SIGUSR1, marks=MPIRUN, id="mpirun USR1"),
+        pytest.param("mpirun", signal.SIGUSR1, marks=[MPIRUN, pytest.mark.slow], id="mpirun USR1"),
         pytest.param("mpirun", signal.SIGTERM, marks=[MPIRUN, pytest.mark.slow], id="mpirun TERM"),
         pytest.param("torchrun", signal.SIGUSR1, marks=pytest.mark.slow, id="torchrun USR1"),
         pytest.param("torchrun", signal.SIGTERM, marks=pytest.mark.slow, id="torchrun TERM"),
@@ -395,6 +395,9 @@ def test_a_killed_rank_is_a_restart_to_the_same_bits(launcher: str, tmp_path: Pa
     assert out.count("fedfreeze: restart ") == 1
     assert re.search(r"restart 1 of 3: a rank was lost; \d+ s lost since checkpoint round-", out)
     assert sha256(tmp_path / "run") == sha256(undisturbed)
+    assert without_wall_time(metrics(tmp_path / "run")) == without_wall_time(metrics(undisturbed))
+    found = summary(tmp_path / "run")
+    assert [found[key] for key in ("launcher", "world_size", "backend")] == [launcher, 2, "gloo"]
     assert_nobody_left(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ SETTINGS = [
 NAMES = [f"{method} {selector}" for method, selector in SETTINGS]
 
 
+# Relatives of others, or the same selection twice: killed and resumed on two ranks with --full alone.
+RELATIVES = ["exclusivefl uniform", "allsmall uniform", "fedavg_checkpointing uniform", "fedrolex uniform"]
+RELATIVES += ["progfed uniform", "smartfreeze tifl", "smartfreeze power_of_choice", "heterofl smartfreeze"]
+
 OURS = ("exclusivefl", "allsmall", "heterofl", "fedrolex", "depthfl", "progfed", "progfed_layerwise")
 ROUNDS = 6
 
@@ -36,10 +41,10 @@ ROUNDS = 6
 class Runs:
     """Run folders by setting: one rank undisturbed, and two ranks that were killed and resumed."""
 
-    def __init__(self, folder: Path, config: Path, overrides: list[str], kill_in_round: int):
+    def __init__(self, folder: Path, config: Path, overrides: list[str], kill_in_round: int, killed: Sequence[str]):
         tasks = []
-        for method, selector in SETTINGS:
-            for ranks in (1, 2):
+        for name, (method, selector) in zip(NAMES, SETTINGS, strict=True):
+            for ranks in (1, 2) if name in killed else (1,):
                 tasks.append(
                     {
                         "config": str(config),
@@ -56,7 +61,8 @@ class Runs:
         answers = [json.loads(line)["codes"] for line in found.stdout.splitlines()]
         assert len(answers) == len(tasks), found.stderr[-3000:]
         self.folder = folder
-        self.codes = {(name, ranks): answers[2 * i + ranks - 1] for i, name in enumerate(NAMES) for ranks in (1, 2)}
+        runs = [(name, ranks) for name in NAMES for ranks in (1, 2) if ranks == 1 or name in killed]
+        self.codes = dict(zip(runs, answers, strict=True))
 
     @staticmethod
     def path(folder: Path, name: str, ranks: int) -> Path:
@@ -69,9 +75,7 @@ class Runs:
         return self.path(self.folder, name, 2)
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("digits")
+def on_digits(folder: Path, killed: Sequence[str]) -> Runs:
     config = write_config(
         folder,
         fleet={
@@ -84,7 +88,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         pace={"policy": "fixed"},
         eval={"every_rounds": 2},
     )
-    return Runs(folder, config, ["--method.statistics_samples=512"], kill_in_round=4)
+    return Runs(folder, config, ["--method.statistics_samples=512"], kill_in_round=4, killed=killed)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return on_digits(tmp_path_factory.mktemp("digits"), [name for name in NAMES if name not in RELATIVES])
+
+
+@pytest.fixture(scope="module")
+def all_digits(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return on_digits(tmp_path_factory.mktemp("all_digits"), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +119,7 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "--eval.every_rounds=3",
         "--method.statistics_samples=512",
     ]
-    return Runs(tmp_path_factory.mktemp("cifar10"), Path("cifar10"), overrides, kill_in_round=2)
+    return Runs(tmp_path_factory.mktemp("cifar10"), Path("cifar10"), overrides, kill_in_round=2, killed=NAMES)
 
 
 def check(runs: Runs, name: str) -> None:
@@ -138,9 +152,21 @@ def check_books(run_dir: Path) -> None:
     fedfreeze.load_model(run_dir)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in RELATIVES])
 def test_on_digits(digits: Runs, name: str) -> None:
     check(digits, name)
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_on_digits_on_one_rank(digits: Runs, name: str) -> None:
+    assert digits.codes[name, 1] == [0], digits.stderr[-3000:]
+    check_books(digits.one(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_on_digits(all_digits: Runs, name: str) -> None:
+    check(all_digits, name)
 
 
 @pytest.mark.slow

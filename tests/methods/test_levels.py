@@ -98,7 +98,7 @@ def test_measured_peak_is_the_predicted_one(name: str, model: str) -> None:
         method.leave_stage(whole)
 
 
-@pytest.mark.parametrize("name", ["heterofl", "fedrolex", "depthfl"])
+@pytest.mark.parametrize("name", ["heterofl", pytest.param("fedrolex", marks=pytest.mark.slow), "depthfl"])
 def test_each_device_gets_the_largest_level_that_its_cap_holds(name: str) -> None:
     config = config_of(name)
     needed = [cost.memory_bytes for cost in measure_costs(config, SHAPE, 10).levels[0]]

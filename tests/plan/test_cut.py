@@ -125,6 +125,7 @@ def test_a_quarter_that_cannot_hold_stage_1_can_join_with_the_proposed_cut(propo
     assert chosen["split"] == yaml.safe_load((proposed / "cut.yaml").read_text())["model"]["split"]
 
 
+@pytest.mark.slow
 def test_a_run_with_the_proposed_cut_takes_them_in(proposed: Path) -> None:
     done = run(command(proposed / "cut.yaml", proposed / "run"))
     assert done.returncode == 0, done.stderr

@@ -164,7 +164,7 @@ def test_ctrl_c_of_a_launch(name: str, here: Path, whole: Path) -> None:
     assert left == []
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_at_any_moment(ranks: int, here: Path, whole: Path) -> None:
     """Seeded moments over the whole of a launch, imports included, as a terminal sends it; then the run goes on."""
     generator = random.Random(ranks)

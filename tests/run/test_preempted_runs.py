@@ -22,7 +22,7 @@ from tests.support.launching import (
     write_config,
 )
 
-LONG = {"train": {"rounds": 18, "local_epochs": 2}, "pace": {"policy": "fixed"}}
+LONG = {"train": {"rounds": 12, "local_epochs": 2}, "pace": {"policy": "fixed"}}
 
 
 @pytest.fixture(scope="module")
