@@ -2,14 +2,13 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fedfreeze.compute import torch_threads
 from tests.support.checks import ROOT
 from tests.support.launching import command, run, write_config
 from tests.support.slurm_fixture import slurm
@@ -102,13 +101,6 @@ def write_parquet(png: Callable[[np.ndarray], bytes]) -> Callable[..., Path]:
 @pytest.fixture
 def cache(tmp_path) -> Path:
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Several threads wait for one another on busy cores, for longer than they compute."""
-    with torch_threads(1):
-        yield
 
 
 @pytest.fixture(scope="session")

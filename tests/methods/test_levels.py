@@ -48,9 +48,6 @@ def grouped(num_classes, in_channels, image_size, width=8):
 """
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "networks_of_mine.py").write_text(OWN)

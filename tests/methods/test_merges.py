@@ -22,9 +22,6 @@ CLASSES = 10
 Values = dict[str, torch.Tensor]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def config_of(name: str, **sections: Any) -> Config:
     values: dict[str, Any] = {"model": {"name": "resnet8", "width": 4}, "train": {"batch_size": 8}}
     for section, change in sections.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.support.launching import (
     command,
+    is_gone,
     kill_tree,
     metrics,
     rounds_done,
@@ -68,16 +69,9 @@ def ranks_of(process_id: int) -> list[int]:
     return [int(child) for child in children]
 
 
-def alive(process_id: int) -> bool:
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def all_gone(process_ids: list[int], timeout_s: float = 30) -> bool:
     deadline = time.monotonic() + timeout_s
-    while any(alive(one) for one in process_ids):
+    while not all(is_gone(one) for one in process_ids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
