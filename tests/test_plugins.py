@@ -61,19 +61,47 @@ FACTORIES = {
     "factory: returns nothing": factory("return None", "mine:make returned a NoneType"),
     "factory: returns a class": factory("return nn.Linear", "mine:make returned a type"),
     "factory: for other shapes": factory(
-        "return tiny(num_classes, 3, image_size)", "a fails on an image of 1x8x8", "RuntimeError"
+        "return tiny(num_classes, 3, image_size)", "a fails on images of 1x8x8", "RuntimeError"
     ),
     "factory: wrong number of outputs": factory(
-        "return tiny(7, in_channels, image_size)", "maps one image of 1x8x8 to 1x7, not to 1x10"
+        "return tiny(7, in_channels, image_size)", "maps 2 images of 1x8x8 to 2x7, not to 2x10"
     ),
     "factory: half precision": factory(
         "return tiny(num_classes, in_channels, image_size).half()",
         "parameter a.weight is torch.float16",
         "float32",
     ),
-    "factory: parameter without gradient": factory(
+    "factory: no parameter with gradients": factory(
         "return tiny(num_classes, in_channels, image_size).requires_grad_(False)",
-        "parameter a.weight does not require gradients",
+        "no parameter of mine:make requires gradients, so there is nothing to train",
+    ),
+    "factory: a block of which nothing trains": factory(
+        "network = tiny(num_classes, in_channels, image_size)\n    network.b.requires_grad_(False)\n"
+        "    network.a.requires_grad_(False)\n    return network",
+        "before its classifier the network has nothing to train",
+    ),
+    "factory: two tensors over the same memory": factory(
+        "network = tiny(num_classes, in_channels, image_size)\n    network.c = nn.Conv2d(in_channels, 4, 3)\n"
+        "    network.c.weight.data = network.a.weight.data\n    return network",
+        "a.weight and c.weight share memory",
+        "the same nn.Parameter",
+    ),
+    "factory: random numbers from elsewhere": factory(
+        "class Layer(nn.Conv2d):\n        def forward(self, x):\n            import random\n"
+        "            return super().forward(x) * random.random()\n"
+        "    network = tiny(num_classes, in_channels, image_size)\n"
+        "    network.a = Layer(in_channels, 4, 3, padding=1)\n"
+        "    return network",
+        "two passes of Sequential from the same weights and seed differ",
+    ),
+    "factory: a buffer that is not saved": factory(
+        "class Layer(nn.Conv2d):\n        def forward(self, x):\n            self.seen += 1\n"
+        "            return super().forward(x)\n"
+        "    network = tiny(num_classes, in_channels, image_size)\n"
+        "    network.a = Layer(in_channels, 4, 3, padding=1)\n"
+        "    network.a.register_buffer('seen', torch.zeros(1), persistent=False)\n"
+        "    return network",
+        "its buffer a.seen changes in training and is not saved",
     ),
     "factory: takes no keywords": module(
         "def make():\n    return 1\n",
@@ -307,7 +335,7 @@ def test_what_torch_logs_of_fake_tensors_is_not_told(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     note("factory: a classifier for other features", "--model.factory=mine:make", done.returncode, done.stderr)
     assert done.returncode == 64
-    assert "fedfreeze: error: model: fc fails on an image of 1x8x8" in done.stderr
+    assert "fedfreeze: error: model: fc fails on images of 1x8x8" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

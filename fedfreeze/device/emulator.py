@@ -66,7 +66,7 @@ class Emulator:
             # what the server needs for evaluation is not the devices': it lies under every cap
             self.stage = self.method.enter_stage(index, self.device)
             self.cap.begin_stage()
-        self.values = self.stage.flat.buffer.to("cpu", copy=True)
+        self.values = self.stage.flat.values().to("cpu", copy=True)
         self.in_stage = True
         self.has_batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.stage.modules())
 
@@ -75,7 +75,7 @@ class Emulator:
         if level != self.level:
             self._drop_part()
             self._train_with(level, self.method.enter_level(self.stage.index, level, self.device))
-            self.part_start = self.part.flat.buffer.to("cpu", copy=True)
+            self.part_start = self.part.flat.values().to("cpu", copy=True)
 
     def _train_with(self, level: int, part: Stage) -> None:
         self.level, self.part = level, part
@@ -122,7 +122,7 @@ class Emulator:
                 raise
             return DeviceReport(assignment.device, len(rows), failed="a batch too small for batch normalisation")
         if report.failed is None:
-            change = self.part.flat.buffer.cpu() - start
+            change = self.part.flat.values().cpu() - start
             if index is not None:  # what is the device's alone is neither sent nor judged
                 change, index = change[index >= 0], index[index >= 0]
             if not usable(change):
@@ -252,7 +252,7 @@ class Emulator:
             rows = numpy_generator(self.config.seed, "statistics").choice(len(self.data.train), wanted, replace=False)
             batches = plain_batches(self.data, np.sort(rows), self.config.eval.batch_size, self.device)
             self.method.take_statistics(self.stage, (images for images, _ in batches))
-            self.values = self.stage.flat.buffer.to("cpu", copy=True)
+            self.values = self.stage.flat.values().to("cpu", copy=True)
 
     def count_correct(self, rank: int, world_size: int) -> int:
         """Return how many test samples of this rank's batches the global network gets right.

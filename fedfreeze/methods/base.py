@@ -18,7 +18,8 @@ LevelMemory = Callable[[ModelConfig], list[int]]
 
 
 def check_split(config: Config, blocked: BlockedNetwork) -> None:
-    """Raise ConfigError for a network of the user's own whose blocks are not given."""
+    """Raise ConfigError for a network of the user's own that cannot be cut, or whose blocks are not given."""
+    blocked.check_cut()
     if config.model.factory is not None and config.model.split is None:
         raise ConfigError(
             "model.split is needed with model.factory, to know the blocks; they can begin at: "

@@ -70,7 +70,7 @@ def copied(modules: Sequence[nn.Module]) -> list[nn.Module]:
     memo: dict[int, Any] = {}
     for module in modules:
         for parameter in module.parameters():
-            memo[id(parameter)] = nn.Parameter(parameter.detach().clone())
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         for buffer in module.buffers():
             memo[id(buffer)] = buffer.detach().clone()
     return copy.deepcopy(list(modules), memo)

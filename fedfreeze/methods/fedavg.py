@@ -6,12 +6,12 @@ from torch import nn
 from fedfreeze.config.schema import Config
 from fedfreeze.methods.base import Method
 from fedfreeze.network.blocks import BlockedNetwork
-from fedfreeze.network.stage import Stage
+from fedfreeze.network.stage import Stage, WholeStage
 
 
 def full_model_stage(blocked: BlockedNetwork, device: torch.device) -> Stage:
-    """Return the whole model as one stage: all blocks active, the head as output module."""
-    return Stage(0, [], nn.Sequential(*blocked.blocks), blocked.head, device)
+    """Return the whole model as one stage, cut or not: all blocks active, the head as output module."""
+    return WholeStage(blocked.network, nn.Sequential(*blocked.blocks), blocked.head, device)
 
 
 class FedAvg(Method):

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fedfreeze.config.schema import Config
 from fedfreeze.methods.fedavg import FedAvg
+from fedfreeze.network.blocks import BlockedNetwork
 from fedfreeze.network.stage import Stage, leaves_in_order
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -67,6 +69,10 @@ def _segments(leaves: list[nn.Module]) -> list[list[nn.Module]]:
 
 class FedAvgCheckpointing(FedAvg):
     """The whole model at once, with activations computed anew in the backward pass instead of stored."""
+
+    def __init__(self, config: Config, blocked: BlockedNetwork):
+        super().__init__(config, blocked)
+        blocked.check_cut()
 
     def enter_stage(self, index: int, device: torch.device) -> Stage:
         """See Method."""

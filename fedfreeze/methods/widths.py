@@ -16,7 +16,7 @@ from fedfreeze.methods.base import Method
 from fedfreeze.methods.fedavg import full_model_stage
 from fedfreeze.network.blocks import BlockedNetwork, build_network
 from fedfreeze.network.flat import Slot
-from fedfreeze.network.stage import Stage, classifier_of
+from fedfreeze.network.stage import Stage, WholeStage, classifier_of
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -55,7 +55,7 @@ def level_widths(shares: Sequence[float], width: int) -> list[int]:
     return sorted({max(1, math.ceil(share * width - 1e-9)) for share in shares})
 
 
-class SubModelStage(Stage):
+class SubModelStage(WholeStage):
     """A sub-model of fewer channels: masked cross-entropy, scaled layers, no running statistics. [HeteroFL]"""
 
     absent: torch.Tensor
@@ -63,7 +63,7 @@ class SubModelStage(Stage):
     def __init__(self, blocked: BlockedNetwork, share: float, device: torch.device):
         leave_out_statistics(blocked.network)
         scale_layers(blocked.network, share, blocked.num_classes)
-        super().__init__(0, [], nn.Sequential(*blocked.blocks), blocked.head, device)
+        super().__init__(blocked.network, nn.Sequential(*blocked.blocks), blocked.head, device)
         absent = torch.zeros(blocked.num_classes, dtype=torch.bool, device=device)
         self.register_buffer("absent", absent, persistent=False)
 

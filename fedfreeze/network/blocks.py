@@ -1,22 +1,26 @@
 """The network cut into consecutive blocks."""
 
-import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fedfreeze.config.schema import ModelConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.network.chain import Link, chain_of
+from fedfreeze.network.following import untouched
 from fedfreeze.network.models import MODELS
-from fedfreeze.plugins import load_own, own_code, told
+from fedfreeze.network.modes import Block, Exceptions, exceptions_of
+from fedfreeze.network.own_network import make_fake, own_network
+from fedfreeze.network.program import Region
+from fedfreeze.network.verify import difference, repeats, unsaved
+from fedfreeze.plugins import own_code, told
 from fedfreeze.seeds import global_seed
 
 ImageShape = tuple[int, int, int]  # channels, height, width
@@ -25,6 +29,8 @@ Shape = tuple[int, ...]
 
 _HEAD_TYPES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.Flatten, nn.Dropout, nn.LayerNorm)
 _NAMES_SHOWN = 40
+# images of a probe; not one, of which a forward may drop the dimension
+_PROBED = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,13 @@ class BlockedNetwork:
     """Names at which a block can sensibly begin: modules with weights, before the head."""
     image_shape: ImageShape
     """What it takes."""
+    uncut: str | None = None
+    """Why it cannot be cut: then it is one block, and its head is empty."""
+
+    def check_cut(self) -> None:
+        """Raise ConfigError for a network that cannot be cut."""
+        if self.uncut is not None:
+            raise ConfigError(self.uncut)
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,10 @@ class Outline:
     num_classes: int
     usual_split: tuple[str, ...]
     image_shape: ImageShape
+    exceptions: Exceptions
+    """Modules that do not follow the mode that they are told (modes.py)."""
+    uncut: str | None = None
+    """Why it could not be followed, and cannot be cut."""
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -65,23 +82,36 @@ class Outline:
     def cut(self, split: Sequence[str]) -> BlockedNetwork:
         """Cut at the modules named in `split`; the first block begins with the network, named or not.
 
-        Raises ConfigError for names at which no block can begin.
+        Raises ConfigError for names at which no block can begin. What could not be followed is one block.
         """
+        if self.uncut is not None:
+            whole = (nn.Sequential(self.network),)
+            shapes = ((self.num_classes,),)
+            return BlockedNetwork(
+                self.network,
+                whole,
+                nn.Sequential(),
+                ("network",),
+                shapes,
+                self.num_classes,
+                (),
+                self.image_shape,
+                self.uncut,
+            )
         starts = _starts(self.network, self.links[: self.head_start], split)
         ends = [*starts[1:], self.head_start]
         blocks, names = [], []
         for begin, end in zip(starts, ends, strict=True):
-            blocks.append(_sequential(self.links[begin:end]))
+            blocks.append(_block(self.links[begin:end], self.exceptions))
             names.append(_block_name(self.links, begin, end))
-        head = _sequential(self.links[self.head_start :])
-        _check_nothing_shared([*blocks, head], [*names, "the head"])
-        shapes = tuple(self.shapes[end - 1] for end in ends)
+        head = _block(self.links[self.head_start :], self.exceptions)
+        _check_nothing_shared(self.network, [*blocks, head], [*names, "the head"])
         return BlockedNetwork(
             network=self.network,
             blocks=tuple(blocks),
             head=head,
             names=tuple(names),
-            shapes=shapes,
+            shapes=tuple(self.shapes[end - 1] for end in ends),
             num_classes=self.num_classes,
             places=self.places,
             image_shape=self.image_shape,
@@ -89,7 +119,10 @@ class Outline:
 
 
 def build_network(config: ModelConfig, image_shape: ImageShape, num_classes: int, seed: int) -> BlockedNetwork:
-    """Build and cut the configured network; its initial weights follow from the seed alone. Raises ConfigError."""
+    """Build and cut the configured network; its initial weights follow from the seed alone. Raises ConfigError.
+
+    A network of the user's own that cannot be cut comes whole, with `uncut`, the reason.
+    """
     outline = build_outline(config, image_shape, num_classes, seed)
     return outline.cut(config.split or outline.usual_split)
 
@@ -99,137 +132,150 @@ def build_outline(config: ModelConfig, image_shape: ImageShape, num_classes: int
     with global_seed(seed, "network"):
         if config.factory is None:
             network, usual_split = MODELS[config.name](config, num_classes, image_shape)
-            return outline_of(network, image_shape, num_classes, usual_split)
-        return outline_of(_own_network(config, image_shape, num_classes), image_shape, num_classes)
+            return outline_of(network, image_shape, num_classes, usual_split, verified_as=repr(config))
+        fake_mode = detect_fake_mode()
+        # for real even where costs are predicted: a factory may load, convert or look at weights, and following a
+        # forward needs values
+        with unset_fake_temporarily(), own_code("model.factory", config.factory):
+            own, factory = own_network(config, image_shape, num_classes)
+            outline = outline_or_whole(own, image_shape, num_classes, verified_as=(factory, repr(config)))
+        if fake_mode is not None:
+            make_fake([own, *(link.module for link in outline.links)], fake_mode)
+        return outline
 
 
-def _own_network(config: ModelConfig, image_shape: ImageShape, num_classes: int) -> nn.Module:
-    """Return what the user's factory builds. Raises ConfigError."""
-    assert config.factory is not None
-    key = "model.factory"
-    factory = load_own(key, config.factory)
-    if not callable(factory):
-        raise ConfigError(f"{key}: {config.factory} is a {type(factory).__name__}, not a function")
-    keywords = {"num_classes": num_classes, "in_channels": image_shape[0], "image_size": image_shape[1:]}
-    _check_keywords(key, config, factory, keywords | config.options)
-    fake_mode = detect_fake_mode()
-    # for real even where costs are predicted: a factory may load, convert or look at weights
-    with unset_fake_temporarily(), own_code(key, config.factory):
-        network = factory(**keywords, **config.options)
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"{key}: {config.factory} returned a {type(network).__name__}, not a torch.nn.Module")
-    for name, parameter in network.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ConfigError(f"{key}: parameter {name} is {parameter.dtype}; networks train in float32 here")
-        if not parameter.requires_grad:
-            raise ConfigError(f"{key}: parameter {name} does not require gradients; fedfreeze does the freezing")
-    if fake_mode is not None:
-        with unset_fake_temporarily():
-            outline_of(network, image_shape, num_classes)  # here there are values to compare
-            _make_fake(network, fake_mode)
-    return network
-
-
-def _check_keywords(key: str, config: ModelConfig, factory: Any, keywords: dict[str, Any]) -> None:
+def outline_or_whole(
+    network: nn.Module, image_shape: ImageShape, num_classes: int, verified_as: Hashable = None
+) -> Outline:
+    """Follow a network; one that cannot be followed is whole, with the reason. Raises ConfigError."""
+    check_whole(network, image_shape, num_classes)
+    lost = unsaved(network, image_shape)
+    if lost is not None:
+        raise ConfigError(f"model.factory: {lost}; register it without that")
     try:
-        inspect.signature(factory).bind(**keywords)
-    except ValueError:
-        return  # not written in Python: it has no signature to look at
-    except TypeError as error:
-        raise ConfigError(
-            f"{key}: {config.factory}: {error}; it is called with the keywords {', '.join(keywords)}; those of "
-            "model.options come last"
-        ) from None
-
-
-def _make_fake(network: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace every tensor of a network by one that has a shape only; what was shared stays shared."""
-    made: dict[int, torch.Tensor] = {}
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
-            shape_only = mode.from_tensor(tensor.detach())
-            made[id(tensor)] = nn.Parameter(shape_only) if isinstance(tensor, nn.Parameter) else shape_only
-        return made[id(tensor)]
-
-    for module in network.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in tables:
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = fake(tensor)
+        return outline_of(network, image_shape, num_classes, verified_as=verified_as)
+    except Exception as error:  # also what the user's code makes of being followed
+        reason = repeats(network, image_shape)
+        if reason is not None:
+            raise ConfigError(f"model.factory: {reason}; a run could not be repeated") from None
+        uncut = str(error) if isinstance(error, ConfigError) else f"model.factory: it cannot be cut: {told(error)}"
+        return Outline(network, (), (), 0, num_classes, (), image_shape, {}, uncut)
 
 
 def outline_of(
-    network: nn.Module, image_shape: ImageShape, num_classes: int, usual_split: Sequence[str] = ()
+    network: nn.Module,
+    image_shape: ImageShape,
+    num_classes: int,
+    usual_split: Sequence[str] = (),
+    verified_as: Hashable = None,
 ) -> Outline:
     """Follow and probe a network; the classifier and the pooling before it are its head.
 
-    Raises ConfigError for one that does not map images (batch, *image_shape) to logits (batch, num_classes).
+    The chain that it becomes is held against the network itself (verify.py), where `verified_as` was given before,
+    once a process. Raises ConfigError for one that does not map images (batch, *image_shape) to logits (batch,
+    num_classes), or that cannot be followed.
     """
-    links = chain_of(network)
+    links = chain_of(network, image_shape)
     shapes = _probe(network, links, image_shape, num_classes)
     head_start = _head_start(links, shapes, num_classes)
-    return Outline(network, tuple(links), tuple(shapes), head_start, num_classes, tuple(usual_split), image_shape)
+    exceptions = exceptions_of(network, [link.module for link in links if isinstance(link.module, Region)])
+    outline = Outline(
+        network, tuple(links), tuple(shapes), head_start, num_classes, tuple(usual_split), image_shape, exceptions
+    )
+    fake = any(isinstance(tensor, FakeTensor) for tensor in network.parameters())
+    if not fake and (verified_as is None or verified_as not in _verified):
+        differs = difference(network, _block(links, exceptions), links, image_shape)
+        if differs is not None:
+            raise ConfigError(f"model: cut into blocks, the network would not train as its own forward does: {differs}")
+        _verified.add(verified_as)
+    return outline
 
 
-def _check_nothing_shared(parts: Sequence[nn.Module], names: Sequence[str]) -> None:
+_verified: set[Hashable] = set()
+
+
+def _check_nothing_shared(network: nn.Module, parts: Sequence[nn.Module], names: Sequence[str]) -> None:
     """A frozen block must not change, so no tensor of it may be in another block. Raises ConfigError."""
     owner: dict[int, str] = {}
     for part, name in zip(parts, names, strict=True):
-        for tensor_name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+        for tensor in [*part.parameters(), *part.buffers()]:
             if owner.setdefault(id(tensor), name) != name:
+                known = [
+                    *network.named_parameters(remove_duplicate=False),
+                    *network.named_buffers(remove_duplicate=False),
+                ]
+                shared = " = ".join(full for full, other in known if other is tensor)
                 raise ConfigError(
-                    f"model.split: {tensor_name} of {name} is also in {owner[id(tensor)]}; what is frozen in one block "
+                    f"model.split: {shared} of {name} is also in {owner[id(tensor)]}; what is frozen in one block "
                     "must not train in another: let no block begin between the two"
                 )
 
 
-def _sequential(links: Sequence[Link]) -> nn.Sequential:
+def _block(links: Sequence[Link], exceptions: Exceptions) -> Block:
     named: OrderedDict[str, nn.Module] = OrderedDict()
     for i, link in enumerate(links):
         named[(link.name or f"operation{i}").replace(".", "_")] = link.module
     if len(named) == len(links):
-        return nn.Sequential(named)
-    return nn.Sequential(*(link.module for link in links))
+        return Block(named, exceptions=exceptions)
+    return Block(*(link.module for link in links), exceptions=exceptions)
+
+
+def check_whole(network: nn.Module, image_shape: ImageShape, num_classes: int) -> None:
+    """Run grey images through a network as it is.
+
+    Raises ConfigError for one that does not map images (batch, *image_shape) to logits (batch, num_classes).
+    """
+    running: list[str] = []
+    hooks = []
+    for name, module in network.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: running.__delitem__(-1)))
+    with untouched(network), torch.no_grad():
+        network.eval()
+        try:
+            logits = network(torch.full((_PROBED, *image_shape), 0.5))
+        except Exception as error:
+            where = next((name for name in reversed(running) if name), "the network")
+            raise ConfigError(
+                f"model: {where} fails on images of {_sizes(image_shape)} (channels x height x width): {told(error)}"
+            ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
+    _check_logits(logits, image_shape, num_classes)
+
+
+def _check_logits(logits: Any, image_shape: ImageShape, num_classes: int) -> None:
+    if not isinstance(logits, torch.Tensor):
+        raise ConfigError(f"model: the network returns a {type(logits).__name__}, not one tensor, the logits")
+    if tuple(logits.shape) != (_PROBED, num_classes):
+        raise ConfigError(
+            f"model: the network maps {_PROBED} images of {_sizes(image_shape)} to {_sizes(tuple(logits.shape))}, not "
+            f"to {_PROBED}x{num_classes} (a row for each image, a logit for each class)"
+        )
+    if not isinstance(logits, FakeTensor) and not bool(logits.isfinite().all()):
+        raise ConfigError("model: the network puts out what is not a number for a grey image; check its first weights")
 
 
 def _probe(network: nn.Module, links: Sequence[Link], image_shape: ImageShape, num_classes: int) -> list[Shape]:
-    """Run one grey image through the chain; return the shape behind each link. Raises ConfigError."""
-    training = network.training
-    network.eval()  # a probe must not move running statistics
+    """Run grey images through the chain; return the shape behind each link. Raises ConfigError."""
     where = "the network"
-    try:
-        with torch.no_grad():
-            x: torch.Tensor = torch.full((1, *image_shape), 0.5)
+    with untouched(network), torch.no_grad():
+        network.eval()  # dropout and the like must not draw
+        for link in links:
+            link.module.eval()
+        try:
+            x: torch.Tensor = torch.full((_PROBED, *image_shape), 0.5)
             shapes: list[Shape] = []
             for link in links:
                 where = link.name or where
                 x = link.module(x)
                 shapes.append(tuple(x.shape[1:]))
-            where = "the network"
-            expected = network(torch.full((1, *image_shape), 0.5))
-            fake = isinstance(x, FakeTensor)  # there are no values to compare
-            finite = fake or bool(expected.isfinite().all())
-            same = fake or torch.equal(x.nan_to_num(), expected.nan_to_num())
-    except Exception as error:
-        raise ConfigError(
-            f"model: {where} fails on an image of {_sizes(image_shape)} (channels x height x width): {told(error)}"
-        ) from None
-    finally:
-        network.train(training)
-    if tuple(expected.shape) != (1, num_classes):
-        raise ConfigError(
-            f"model: the network maps one image of {_sizes(image_shape)} to {_sizes(tuple(expected.shape))}, not to "
-            f"1x{num_classes} (one row, a logit for each class)"
-        )
-    if not finite:
-        raise ConfigError("model: the network puts out what is not a number for a grey image; check its first weights")
-    if not same:
-        raise ConfigError(
-            "model: the modules of the network, one after the other, do not compute what its forward does; blocks "
-            "can be cut only where one value passes from one module to the next"
-        )
+        except Exception as error:
+            raise ConfigError(
+                f"model: {where} fails on images of {_sizes(image_shape)} (channels x height x width): {told(error)}"
+            ) from None
+    _check_logits(x, image_shape, num_classes)
     return shapes
 
 
@@ -276,6 +322,8 @@ def _starts(network: nn.Module, links: Sequence[Link], split: Sequence[str]) -> 
             raise ConfigError(f"model.split: {name!r} and {starts[found]!r} begin at the same place; drop one")
         starts[found] = name
     positions = sorted({0, *starts})
+    if len(positions) > 1 and not any(link.has_parameters for link in links[: positions[1]]):
+        del positions[1]  # the first block begins with the network: what only prepares the images is its own
     for begin, end in zip(positions, [*positions[1:], len(links)], strict=True):
         if not any(link.has_parameters for link in links[begin:end]):
             raise ConfigError(
@@ -287,7 +335,8 @@ def _starts(network: nn.Module, links: Sequence[Link], split: Sequence[str]) -> 
 
 def _is_or_begins(link: Link, name: str) -> bool:
     """Whether a name is the link's own or that of a Sequential in which it comes first."""
-    return link.name is not None and (link.name == name or link.name.startswith(f"{name}."))
+    names = [*link.other_names, *([link.name] if link.name is not None else [])]
+    return any(own == name or own.startswith(f"{name}.") for own in names)
 
 
 def _places(links: Sequence[Link]) -> list[str]:

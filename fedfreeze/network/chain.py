@@ -1,11 +1,15 @@
 """A network as a chain of modules that run one after the other: where it can be cut."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+import torch
+from torch import nn
 
-from fedfreeze.errors import ConfigError, one_line
+from fedfreeze.errors import ConfigError
+from fedfreeze.network.following import BATCH_SIZES, Followed, UnfollowedError, follow, is_plain_sequential
+from fedfreeze.network.program import Called, Held, Program, Region, Step, Value
 
 
 @dataclass(frozen=True)
@@ -15,35 +19,37 @@ class Link:
     name: str | None
     """The module's name in the network; None for operations between modules, where no block can begin."""
     module: nn.Module
+    other_names: tuple[str, ...] = ()
+    """The same module's further names in the network."""
 
     @property
     def has_parameters(self) -> bool:
         """Whether there is anything to train in it."""
-        return next(self.module.parameters(), None) is not None
+        return any(parameter.requires_grad for parameter in self.module.parameters())
 
     @property
     def has_weights(self) -> bool:
-        """Whether it holds more than a normalisation layer's vectors: a place where a block usually begins."""
-        return any(parameter.dim() > 1 for parameter in self.module.parameters())
+        """Whether it trains more than a normalisation layer's vectors: a place where a block usually begins."""
+        return any(parameter.dim() > 1 and parameter.requires_grad for parameter in self.module.parameters())
 
 
-def chain_of(network: nn.Module) -> list[Link]:
+def chain_of(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Link]:
     """Return the network as a chain whose links, applied in order, are its forward pass.
 
-    Nested Sequentials are unfolded. Another module's own forward is followed with torch.fx: each module that it calls
-    is a link, with the tensor operations between them; where more than one value is alive (a shortcut around several
-    modules), all that it spans is one link. Raises ConfigError where the forward cannot be followed.
+    Nested Sequentials are unfolded. Another module's own forward is followed, in training and in evaluation: each
+    module that it calls is a link, with the tensor operations between them; where more than one value is alive (a
+    shortcut around several modules), all that it spans is one link. Raises ConfigError where the forward cannot be
+    followed.
     """
     if is_plain_sequential(network):
         return [Link(name, module) for name, module in unfold(network)]
-    return _links_of_graph(network, _traced(network))
-
-
-def is_plain_sequential(module: nn.Module) -> bool:
-    """Whether a module does nothing but run its children in order."""
-    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks)
+    try:
+        return _links(network, follow(network, image_shape))
+    except UnfollowedError as error:
+        raise ConfigError(
+            f"model.factory: the forward of {type(network).__name__} cannot be followed ({error}); it may call modules "
+            "and tensor operations in any order, but not branch on values; `method.name=fedavg` trains it as it is"
+        ) from None
 
 
 def unfold(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -57,118 +63,123 @@ def unfold(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield f"{prefix}{name}", child
 
 
-class _Outline(fx.Tracer):
-    """Follows the forward of the network itself and of plain Sequentials in it; any other module is one call."""
-
-    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        return not is_plain_sequential(module)
-
-
-def _traced(network: nn.Module) -> fx.Graph:
-    """Return the graph of a network's own forward. Raises ConfigError."""
-    what = f"the forward of {type(network).__name__}"
-    training = network.training
-    try:
-        graphs = []
-        for mode in (False, True):
-            network.train(mode)
-            traced = fx.GraphModule(network, _Outline().trace(network))
-            traced.graph.eliminate_dead_code()
-            graphs.append(traced.graph)
-    except Exception as error:  # whatever the user's code makes of a stand-in for a tensor
-        raise ConfigError(
-            f"model.factory: {what} cannot be followed ({one_line(error)[:160]}); it may call modules and tensor "
-            "operations in any order, but not branch on values; or return a torch.nn.Sequential"
-        ) from None
-    finally:
-        network.train(training)
-    if str(graphs[0]) != str(graphs[1]):
-        raise ConfigError(f"model.factory: {what} depends on self.training; use modules for that, such as nn.Dropout")
-    inputs = [node for node in graphs[1].nodes if node.op == "placeholder" and node.users]
-    outputs = [node.args[0] for node in graphs[1].nodes if node.op == "output"]
-    if len(inputs) != 1 or not isinstance(outputs[0], fx.Node):
-        raise ConfigError(f"model.factory: {what} must take the images alone and return one tensor, the logits")
-    return graphs[1]
-
-
-def _links_of_graph(network: nn.Module, graph: fx.Graph) -> list[Link]:
-    incoming = next(node for node in graph.nodes if node.op == "placeholder" and node.users)
-    output = next(node.args[0] for node in graph.nodes if node.op == "output")
-    nodes = [node for node in graph.nodes if node.op.startswith("call_")]
-    assert isinstance(output, fx.Node)
+def _links(network: nn.Module, followed: dict[bool, Followed]) -> list[Link]:
+    modules = dict(network.named_modules(remove_duplicate=False))
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    crossings = {mode: _crossings(each, network) for mode, each in followed.items()}
+    begins = dict.fromkeys(followed, 0)
+    incoming = dict.fromkeys(followed, 0)
     links = []
-    begin = 0
-    for end in [*_places(network, nodes, incoming, output), len(nodes)]:
-        region = nodes[begin:end]
-        if region:
-            links.append(_link(network, region, incoming))
-            incoming = region[-1] if end == len(nodes) else _alive(nodes, end, incoming, output, region)
-        begin = end
-    return links
+    for end in [*_common_places(followed, crossings), {mode: len(each.steps) for mode, each in followed.items()}]:
+        programs = {}
+        for mode, each in followed.items():
+            crossing = crossings[mode].get(end[mode])
+            outgoing = each.outgoing if crossing is None else crossing.value
+            programs[mode] = Program(each.steps[begins[mode] : end[mode]], incoming[mode], outgoing)
+            begins[mode], incoming[mode] = end[mode], outgoing
+        links.append(_link(programs, modules, tensors))
+    return [link for link in links if link is not None]
 
 
-def _places(network: nn.Module, nodes: list[fx.Node], incoming: fx.Node, output: fx.Node) -> list[int]:
-    """Return the positions between nodes where a single value is alive and no weight is used on both sides."""
-    position = {node: i for i, node in enumerate(nodes)} | {incoming: -1}
-    last_use = {value: _last_use(value, position, output, len(nodes)) for value in position}
-    spans = list(_shared_spans(network, nodes))
-    found = []
-    for place in range(1, len(nodes)):
-        alive = sum(position[value] < place <= last_use[value] for value in position)
-        if alive == 1 and not any(first < place <= last for first, last in spans):
-            found.append(place)
+def _link(
+    programs: dict[bool, Program], modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]
+) -> Link | None:
+    """Return a stretch as the one module that it calls, or as a module of its own; None where it has no step."""
+    first = next((program.steps[0] for program in programs.values() if program.steps), None)
+    if first is None:
+        return None
+    name = first.module
+    others = tuple(n for n, m in modules.items() if name is not None and m is modules[name] and n != name)
+    if name is not None and all(_only_calls(program, name) for program in programs.values()):
+        return Link(name, modules[name], others)
+    # a block can begin here only by the name of the module that runs first in it
+    return Link(name, Region(programs, modules, tensors), others)
+
+
+def _only_calls(program: Program, module: str) -> bool:
+    if len(program.steps) != 1:
+        return False
+    (step,) = program.steps
+    handed_on = step.args == (Value(program.incoming),) and not step.kwargs
+    return step.module == module and handed_on and step.gradients and step.outputs == (program.outgoing,)
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    """The only value that is needed on both sides of a place, with its shape for each of BATCH_SIZES."""
+
+    value: int
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def _crossings(followed: Followed, network: nn.Module) -> dict[int, _Crossing]:
+    """Return the positions between steps at which a network can be cut, each with the value that crosses it.
+
+    There a single tensor of floats with a row for each image is alive, and no weight is used on both sides.
+    """
+    end = len(followed.steps)
+    last = {followed.outgoing: end}
+    for number, step in enumerate(followed.steps):
+        for read in step.reads():
+            if isinstance(read, Value):
+                last[read.index] = max(last.get(read.index, 0), number)
+    spans = _shared_spans(network, followed.steps)
+    shapes: dict[int, tuple[tuple[int, ...], ...]] = {0: tuple((size,) for size in BATCH_SIZES)}
+    alive, found = {0}, {}
+    for place in range(1, end):
+        made = zip(followed.steps[place - 1].outputs, followed.shapes[place - 1], strict=True)
+        shapes |= {output: shape for output, shape in made if output is not None}
+        alive |= {output for output in followed.steps[place - 1].outputs if output is not None}
+        alive = {value for value in alive if last.get(value, -1) >= place}
+        if len(alive) != 1 or any(first < place <= final for first, final in spans):
+            continue
+        (value,) = alive
+        rows = [shape[:1] for shape in shapes[value]]
+        if value in followed.floats and rows == [(size,) for size in BATCH_SIZES]:
+            found[place] = _Crossing(value, shapes[value])
     return found
 
 
-def _last_use(value: fx.Node, position: dict[fx.Node, int], output: fx.Node, end: int) -> int:
-    uses = [position[user] for user in value.users if user in position]
-    return end if value is output else max(uses, default=-1)
+def _common_places(
+    followed: dict[bool, Followed], crossings: dict[bool, dict[int, _Crossing]]
+) -> list[dict[bool, int]]:
+    """Return the positions at which a network can be cut in training and in evaluation alike.
+
+    Where both call the same, these are all that both have; else those before a module that both call once.
+    """
+    training, evaluation = followed[True].steps, followed[False].steps
+    if [(step.module, step.label) for step in training] == [(step.module, step.label) for step in evaluation]:
+        return [{True: place, False: place} for place in crossings[True] if place in crossings[False]]
+    found: list[dict[bool, int]] = []
+    in_evaluation = _places_by_module(evaluation, crossings[False])
+    for name, place in _places_by_module(training, crossings[True]).items():
+        other = in_evaluation.get(name)
+        if other is not None and (not found or other > found[-1][False]):
+            found.append({True: place, False: other})
+    return found
 
 
-def _alive(nodes: list[fx.Node], place: int, incoming: fx.Node, output: fx.Node, region: list[fx.Node]) -> fx.Node:
-    """Return the one value that crosses a place."""
-    later = set(nodes[place:])
-    for value in [*region, incoming]:
-        if value is output or later & set(value.users):
-            return value
-    return region[-1]
+def _places_by_module(steps: Sequence[Step], places: Iterable[int]) -> dict[str, int]:
+    calls = Counter(step.module for step in steps)
+    named = {place: steps[place].module for place in places}
+    return {name: place for place, name in named.items() if name is not None and calls[name] == 1}
 
 
-def _shared_spans(network: nn.Module, nodes: list[fx.Node]) -> Iterator[tuple[int, int]]:
-    """Yield the first and last use of every tensor of the network that is used more than once."""
+def _shared_spans(network: nn.Module, steps: Sequence[Step]) -> set[tuple[int, int]]:
+    """Return the first and last use of every tensor of the network that is used more than once."""
     uses: dict[int, list[int]] = {}
-    for i, node in enumerate(nodes):
-        for tensor in _tensors_of(network, node):
-            uses.setdefault(tensor, []).append(i)
-    yield from {(min(places), max(places)) for places in uses.values() if min(places) != max(places)}
+    modules = dict(network.named_modules(remove_duplicate=False))
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for number, step in enumerate(steps):
+        for tensor in _tensors_of(step, modules, tensors):
+            uses.setdefault(tensor, []).append(number)
+    return {(min(places), max(places)) for places in uses.values() if min(places) != max(places)}
 
 
-def _tensors_of(network: nn.Module, node: fx.Node) -> set[int]:
-    if node.op == "call_module":
-        module = network.get_submodule(str(node.target))
-        return {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
-    found = set()
-    for source in node.all_input_nodes:
-        if source.op == "get_attr":
-            owner, _, name = str(source.target).rpartition(".")
-            found.add(id(getattr(network.get_submodule(owner), name)))
+def _tensors_of(step: Step, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]) -> set[int]:
+    found = {id(tensors[read.name]) for read in step.reads() if isinstance(read, Held)}
+    called = [read.name for read in step.reads() if isinstance(read, Called)]
+    for name in [*called, *([step.module] if step.module is not None else [])]:
+        module = modules[name]
+        found |= {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
     return found
-
-
-def _link(network: nn.Module, region: list[fx.Node], incoming: fx.Node) -> Link:
-    """Return a region as the one module that it calls, or as a module of its own."""
-    called = [str(node.target) for node in region if node.op == "call_module"]
-    if len(region) == 1 and called and region[0].args == (incoming,) and not region[0].kwargs:
-        return Link(called[0], network.get_submodule(called[0]))
-    graph = fx.Graph()
-    copied = {incoming: graph.placeholder("x")}
-    for node in region:
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and source not in copied:
-                copied[source] = graph.node_copy(source)
-        copied[node] = graph.node_copy(node, lambda value: copied[value])
-    outgoing = next((node for node in region if not set(node.users) <= set(region)), region[-1])
-    graph.output(copied[outgoing])
-    # a block can begin at a region only by the name of the module that runs first in it
-    name = str(region[0].target) if region[0].op == "call_module" else None
-    return Link(name, fx.GraphModule(network, graph, "Region"))

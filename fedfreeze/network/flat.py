@@ -1,6 +1,8 @@
 """The trainable part of a stage as views of one flat buffer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,59 +13,66 @@ class Slot:
     """One tensor of the part: where it lives, and its place in the flat buffer."""
 
     path: str
-    """Its full name: `active.` or `output_module.`, then as the module's state_dict says it."""
+    """Its full name: `active.` or `output_module.`, then as the module's state_dict says it; of several the first."""
     owner: nn.Module
     name: str
+    tensor: torch.Tensor
+    """The very parameter or buffer; modules that share it share its place."""
     shape: torch.Size
     begin: int
     end: int
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it trains; else it is a float buffer, such as a running mean."""
+        return isinstance(self.tensor, nn.Parameter)
 
 
 class FlatPart:
     """Parameters and running statistics of a stage's active block and output module, re-pointed into `buffer`.
 
-    Layout: parameters of the active block, parameters of the output module, then the float running statistics of both.
-    So `buffer[:active_parameters]` is what the pace controller watches, `buffer[:parameters]` is what SGD trains, and
-    the whole buffer is what one all-reduce carries. Whole-number buffers (counts of batches) are not averaged: `load`
-    puts them back to what they were, so that they do not depend on which rank trained.
+    Layout: parameters of the active block, parameters of the output module, then the float buffers of both. So
+    `buffer[:active_parameters]` is what the pace controller watches, `buffer[:parameters]` is what SGD trains, and the
+    whole buffer is what one all-reduce carries. A tensor that several modules share has one place. A parameter that
+    does not require gradients has none: it never changes. Whole-number buffers (counts of batches) are not averaged:
+    `load` puts them back to what they were, so that they do not depend on which rank trained.
     """
 
     def __init__(self, active: nn.Module, output_module: nn.Module, device: torch.device):
         self.slots: list[Slot] = []
-        self._counters: list[tuple[torch.Tensor, torch.Tensor]] = []
-        tensors: list[torch.Tensor] = []
-        end = 0
-        for attribute in ("_parameters", "_buffers"):
-            for prefix, part in (("active", active), ("output_module", output_module)):
-                for owner_path, owner in part.named_modules(prefix=prefix):
-                    for name, tensor in getattr(owner, attribute).items():
-                        if tensor is None:
-                            continue
-                        if not tensor.is_floating_point():
-                            self._counters.append((tensor, tensor.clone()))
-                            continue
-                        path = f"{owner_path}.{name}"
-                        self.slots.append(Slot(path, owner, name, tensor.shape, end, end + tensor.numel()))
-                        tensors.append(tensor.detach())
-                        end += tensor.numel()
-                if attribute == "_parameters" and part is active:
-                    self.active_parameters = end
-            if attribute == "_parameters":
-                self.parameters = end
-        self.buffer = torch.cat([t.reshape(-1).to(device=device, dtype=torch.float32) for t in tensors])
-        self._point_into(self.buffer)
-
-    def _point_into(self, buffer: torch.Tensor) -> None:
+        self._counters: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
+        parts = (("active", active), ("output_module", output_module))
+        end = self._place(active, "active", "_parameters", 0)
+        self.active_parameters = end
+        end = self._place(output_module, "output_module", "_parameters", end)
+        self.parameters = end
+        for prefix, part in parts:
+            end = self._place(part, prefix, "_buffers", end)
+        tensors = [slot.tensor.detach().reshape(-1) for slot in self.slots]
+        empty = torch.zeros(0, device=device)
+        self.buffer = torch.cat([empty, *(t.to(device=device, dtype=torch.float32) for t in tensors)])
         for slot in self.slots:
-            view = buffer[slot.begin : slot.end].view(slot.shape)
-            if slot.name in slot.owner._parameters:
-                parameter = slot.owner._parameters[slot.name]
-                assert parameter is not None
-                parameter.data = view
-                parameter.grad = None
-                parameter.requires_grad_(True)
-            else:
-                slot.owner._buffers[slot.name] = view
+            if slot.tensor.dtype == torch.float32:
+                slot.tensor.data = self._view(slot)
+            if slot.is_parameter:
+                slot.tensor.grad = None
+
+    def _place(self, part: nn.Module, prefix: str, table: str, end: int) -> int:
+        """Give each tensor of a part that has none its place from `end` on; return the new end."""
+        seen = {id(slot.tensor) for slot in self.slots} | {id(counter) for _, _, counter, _ in self._counters}
+        for path, owner, name, tensor in _tensors(part, prefix, table):
+            if id(tensor) in seen or (table == "_parameters" and not tensor.requires_grad):
+                continue
+            seen.add(id(tensor))
+            if not tensor.is_floating_point():
+                self._counters.append((owner, name, tensor, tensor.clone()))
+                continue
+            self.slots.append(Slot(path, owner, name, tensor, tensor.shape, end, end + tensor.numel()))
+            end += tensor.numel()
+        return end
+
+    def _view(self, slot: Slot) -> torch.Tensor:
+        return self.buffer[slot.begin : slot.end].view(slot.shape)
 
     def __len__(self) -> int:
         return self.buffer.numel()
@@ -71,25 +80,51 @@ class FlatPart:
     def load(self, values: torch.Tensor) -> None:
         """Overwrite the part in place with `values` (flat, float32), and the counters with their first values."""
         self.buffer.copy_(values)
-        for counter, first in self._counters:
+        for slot in self.slots:
+            if not slot.is_parameter:
+                slot.owner._buffers[slot.name] = slot.tensor  # a forward may have put another tensor there
+                if slot.tensor.dtype != torch.float32:
+                    slot.tensor.copy_(self._view(slot))
+        for owner, name, counter, first in self._counters:
+            owner._buffers[name] = counter
             counter.copy_(first)
+
+    @torch.no_grad()
+    def values(self) -> torch.Tensor:
+        """Return the flat buffer, with what is not a view of it: buffers that a forward replaced, other precisions."""
+        for slot in self.slots:
+            if not slot.is_parameter:
+                current = slot.owner._buffers[slot.name]
+                if current is not None and (current is not slot.tensor or current.dtype != torch.float32):
+                    self._view(slot).copy_(current)
+        return self.buffer
 
     def views(self, flat: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
         """Return, for each parameter, its slice of a flat tensor of `parameters` elements, in its shape."""
-        found: dict[nn.Parameter, torch.Tensor] = {}
-        for slot in self.slots:
-            parameter = slot.owner._parameters.get(slot.name)
-            if parameter is not None:
-                found[parameter] = flat[slot.begin : slot.end].view(slot.shape)
-        return found
+        return {
+            slot.tensor: flat[slot.begin : slot.end].view(slot.shape)
+            for slot in self.slots
+            if isinstance(slot.tensor, nn.Parameter)
+        }
 
     def release(self) -> None:
         """Give every tensor storage of its own again, so that a frozen block does not keep the flat buffer alive."""
+        self.values()
         for slot in self.slots:
-            own = self.buffer[slot.begin : slot.end].view(slot.shape).clone()
-            parameter = slot.owner._parameters.get(slot.name)
-            if parameter is not None:
-                parameter.data = own
-                parameter.grad = None
+            if slot.is_parameter:
+                slot.tensor.grad = None
             else:
-                slot.owner._buffers[slot.name] = own
+                slot.owner._buffers[slot.name] = slot.tensor
+            own = self._view(slot).clone()
+            if slot.tensor.dtype == torch.float32:
+                slot.tensor.data = own
+            else:
+                slot.tensor.copy_(own)
+
+
+def _tensors(part: nn.Module, prefix: str, table: str) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Yield path, owner, name and tensor of everything in one of the tables of a part's modules."""
+    for owner_path, owner in part.named_modules(prefix=prefix):
+        for name, tensor in getattr(owner, table).items():
+            if tensor is not None:
+                yield f"{owner_path}.{name}", owner, name, tensor

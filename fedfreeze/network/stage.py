@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from fedfreeze.config.schema import TrainConfig
-from fedfreeze.network.chain import is_plain_sequential
 from fedfreeze.network.flat import FlatPart
+from fedfreeze.network.following import is_plain_sequential
 
 # torch._dynamo is not used here: torch imports it at the first optimizer step, which takes 2 s. Imported with this
 # module, before local ranks are forked, it is imported once and not by each of them in its first round.
@@ -35,7 +35,9 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.index = index
-        self.frozen = _on(nn.ModuleList(frozen), device).requires_grad_(False)
+        self.frozen = _on(nn.ModuleList(frozen), device)
+        self._without_gradients = [parameter for parameter in self.frozen.parameters() if parameter.requires_grad]
+        self.frozen.requires_grad_(False)
         self.active = _on(active, device)
         self.output_module = _on(output_module, device)
         self._frozen_chain = list(leaves_in_order(self.frozen))
@@ -71,6 +73,8 @@ class Stage(nn.Module):
     def leave(self) -> None:
         """End the stage: storage of its own for every tensor, all of it on the host."""
         self.flat.release()
+        for parameter in self._without_gradients:  # what does not train in other stages either is the user's to say
+            parameter.requires_grad_(True)
         for part in (self.frozen, self.active, self.output_module):
             _on(part, torch.device("cpu"))
 
@@ -83,6 +87,36 @@ class Stage(nn.Module):
         """Number of float elements of the frozen prefix."""
         tensors = [*self.frozen.parameters(), *self.frozen.buffers()]
         return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+
+
+class WholeStage(Stage):
+    """A network as it is, in one stage: its own forward, its own `train()`. [ours]
+
+    `active` and `output_module` are its parts, all of it: what is counted and averaged.
+    """
+
+    def __init__(self, network: nn.Module, active: nn.Module, output_module: nn.Module, device: torch.device):
+        self._network = (_on(network, device),)  # in a tuple: its tensors are those of the parts, not more
+        super().__init__(0, [], active, output_module, device)
+
+    def train(self, mode: bool = True) -> "WholeStage":
+        """See Stage. The network's own `train()` has the last word."""
+        super().train(mode)
+        self._network[0].train(mode)
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """See Stage."""
+        (network,) = self._network
+        if is_plain_sequential(network):  # in its parts, of which fewer intermediate results are held without gradients
+            return super().forward(images)
+        logits: torch.Tensor = network(images)
+        return logits
+
+    def leave(self) -> None:
+        """See Stage."""
+        super().leave()
+        _on(self._network[0], torch.device("cpu"))
 
 
 def sees_one_value(error: ValueError) -> bool:
@@ -109,9 +143,11 @@ def leaves_in_order(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _on(module: M, device: torch.device) -> M:
-    """Move a module if it is elsewhere; `Module.to` fails on fake tensors even where there is nothing to move."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return module if all(tensor.device == device for tensor in tensors) else module.to(device)
+    """Move a module's tensors that are elsewhere; each stays the same object, so that whoever shares it goes along."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+    return module
 
 
 def squared_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

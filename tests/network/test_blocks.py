@@ -157,12 +157,12 @@ def test_weights_shared_between_blocks_are_refused() -> None:
 @pytest.mark.parametrize(
     ("network", "says"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), "to 1x7, not to 1x4"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(100, 4)), "fails on an image of 3x8x8"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), "to 2x7, not to 2x4"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(100, 4)), "fails on images of 3x8x8"),
         (nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), "no classifier, a torch.nn.Linear with 4 outputs"),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), "before its classifier the network has nothing to train"),
-        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(3, 4)), "0 fails on an image"),
-        (nn.Sequential(), "not to 1x4"),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(3, 4)), "0 fails on images"),
+        (nn.Sequential(), "not to 2x4"),
     ],
     ids=range(6),
 )

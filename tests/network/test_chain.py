@@ -3,24 +3,24 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fedfreeze.errors import ConfigError
 from fedfreeze.network.chain import chain_of
 from tests.support.checks import assert_one_line
 from tests.support.networks import Functional, Reused, Shortcut
 
-IMAGES = torch.randn(4, 3, 8, 8)
+SHAPE = (3, 8, 8)
+IMAGES = torch.randn(4, *SHAPE)
 
 
 def names(network: nn.Module) -> list[str | None]:
-    return [link.name for link in chain_of(network)]
+    return [link.name for link in chain_of(network, SHAPE)]
 
 
 @pytest.mark.parametrize("network", [Functional(), Shortcut(), Reused()], ids=lambda n: type(n).__name__)
 def test_the_chain_computes_what_the_network_does_with_its_very_weights(network: nn.Module) -> None:
     network.train()
-    links = chain_of(network)
+    links = chain_of(network, SHAPE)
     assert network.training
     x = IMAGES
     for link in links:
@@ -51,7 +51,7 @@ def test_a_module_twice_in_a_sequential_runs_twice() -> None:
     shared = nn.Conv2d(3, 3, 3, padding=1)
     network = nn.Sequential(shared, nn.ReLU(), shared)
     x = IMAGES
-    for link in chain_of(network):
+    for link in chain_of(network, SHAPE):
         x = link.module(x)
     assert torch.equal(x, network(IMAGES))
 
@@ -67,41 +67,76 @@ def test_a_sequential_with_a_forward_or_hook_of_its_own_is_not_unfolded() -> Non
     assert names(network) == ["0", "1", "2.0"]
 
 
-class Branching(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) if x.sum() > 0 else x
+class Whole(nn.Module):
+    """A convolution and a classifier; each class below does one thing between the two."""
 
-
-class Dropping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(3, 2)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.dropout(self.fc(x), 0.5, self.training)
+        return self.fc(self.between(self.conv(x)).mean((2, 3)))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
-class TwoInputs(Dropping):
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return self.fc(x + y)
+class Branching(Whole):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
 
 
-class TwoOutputs(Dropping):
+class TakingOut(Whole):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(x.max())
+
+
+class ThroughNumpy(Whole):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.from_numpy(x.detach().numpy())
+
+
+class RootOfBatch(Whole):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(len(x) ** 2, 1, 1, 1)[: len(x)] if len(x) > 2 else x
+
+
+class Cast(Whole):
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ x.mT
+
+
+class Assigning(Whole):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("middle", torch.zeros(4, 1, 1))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.middle = 0.9 * self.middle + 0.1 * x.detach().mean((0, 2, 3)).view(-1, 1, 1)
+        return x - self.middle
+
+
+class TwoOutputs(Whole):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        return x, self.fc(x)
+        return x, super().forward(x)
 
 
 @pytest.mark.parametrize(
     ("network", "says"),
     [
-        (Branching(3, 2), "cannot be followed"),
-        (Dropping(), "depends on self.training"),
-        (TwoInputs(), "must take the images alone"),
-        (TwoOutputs(), "return one tensor"),
+        (Branching(), r"it branches on values, or takes them out of a tensor, at test_chain.py:"),
+        (TakingOut(), r"takes them out of a tensor, at test_chain.py:"),
+        (ThroughNumpy(), r"takes them out of a tensor, at test_chain.py:"),
+        (RootOfBatch(), r"depends on the size of the batch"),
+        (Cast(), r"torch.autocast at test_chain.py:"),
+        (Assigning(), r"it assigns its buffer middle anew; write self.middle.copy_"),
+        (TwoOutputs(), r"it returns a tuple, not one tensor"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_forward_that_cannot_be_cut_is_one_line(network: nn.Module, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        chain_of(network)
-    assert_one_line(caught.value, says, type(network).__name__)
+        chain_of(network, SHAPE)
+    assert_one_line(caught.value, says, type(network).__name__, "method.name=fedavg")
