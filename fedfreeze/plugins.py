@@ -66,10 +66,22 @@ def own_code(key: str, name: str) -> Iterator[None]:
         yield
     except FedfreezeError:
         raise
+    except RuntimeError as error:
+        if needs_values(error):
+            raise  # it did nothing wrong: whoever runs it on tensors without values runs it again with some
+        if not is_own(name):
+            raise
+        raise ConfigError(f"{key}: {name} raised {told(error)}") from None
     except (Exception, SystemExit) as error:  # a script that is imported may end the program
         if not is_own(name):
             raise
         raise ConfigError(f"{key}: {name} raised {told(error)}") from None
+
+
+def needs_values(error: BaseException) -> bool:
+    """Tell whether something failed because tensors that have shapes only were asked for a value."""
+    # by name, so that a mistake in a configuration is told without importing torch
+    return type(error).__name__ in ("DataDependentOutputException", "DynamicOutputShapeException")
 
 
 def told(error: BaseException) -> str:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,8 +16,11 @@ from fedfreeze.errors import ConfigError
 from fedfreeze.methods import Method, full_model_stage, make_method, method_class
 from fedfreeze.network.blocks import BlockedNetwork, ImageShape, build_network
 from fedfreeze.network.stage import LocalTrainer, Stage, sees_one_value
-from fedfreeze.plugins import own_code
+from fedfreeze.plugins import needs_values, own_code
+from fedfreeze.seeds import global_seed
 from fedfreeze.units import FLOAT_BYTES
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,23 +77,26 @@ class Costs:
 def measure_costs(
     config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any] | None = None
 ) -> Costs:
-    """Predict the cost of every stage and of the full model; nothing is allocated and nothing is trained.
+    """Predict the cost of every stage and of the full model; nothing is trained, and nothing allocated
+    but for a network that branches on values.
 
     `fitted` is what `fit_method` returned. Raises ConfigError for a batch that the network's normalisation layers
     cannot take.
     """
     with _batch_told(config, image_shape):
-        return _measure(config, image_shape, num_classes, fitted or {})
+        return _without_values(lambda: _measure(config, image_shape, num_classes, fitted or {}))
 
 
 def fit_method(config: Config, image_shape: ImageShape, num_classes: int, caps: Sequence[int | None]) -> dict[str, Any]:
     """Return what the method makes of the fleet's caps, as plain values (Method.fit). Raises ConfigError."""
 
     def level_memory(model: ModelConfig) -> list[int]:
-        with fake_tensors():
+        def measure() -> list[int]:
             blocked = build_network(model, image_shape, num_classes, config.seed)
             method = make_method(config, blocked)
             return [step_memory(stage, config.train, image_shape) for stage in _levels(config, method, 0)]
+
+        return _without_values(measure)
 
     method = method_class(config)
     with _batch_told(config, image_shape), own_code("method.name", config.method.name):
@@ -111,20 +117,29 @@ def _batch_told(config: Config, image_shape: ImageShape) -> Iterator[None]:
         ) from None
 
 
+def _without_values(measure: Callable[[], T]) -> T:
+    """Measure on tensors that have shapes only; where a network branches on values, on tensors that have some."""
+    try:
+        with fake_tensors():
+            return measure()
+    except RuntimeError as error:
+        if not needs_values(error):
+            raise
+    with global_seed(0, "cost"):
+        return measure()
+
+
 def _measure(config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any]) -> Costs:
-    with fake_tensors():
-        model = method_class(config).network(config.model, fitted)
-        blocked = build_network(model, image_shape, num_classes, config.seed)
-        method = make_method(config, blocked, fitted)
-        found = []
-        for index in range(method.num_stages):
-            stages = enumerate(_levels(config, method, index))
-            found.append(
-                tuple(_stage_cost(config, method.level_name(index, i), stage, image_shape) for i, stage in stages)
-            )
-        if model != config.model:
-            blocked = build_network(config.model, image_shape, num_classes, config.seed)
-        full = _full_cost(config, blocked, image_shape)
+    model = method_class(config).network(config.model, fitted)
+    blocked = build_network(model, image_shape, num_classes, config.seed)
+    method = make_method(config, blocked, fitted)
+    found = []
+    for index in range(method.num_stages):
+        stages = enumerate(_levels(config, method, index))
+        found.append(tuple(_stage_cost(config, method.level_name(index, i), stage, image_shape) for i, stage in stages))
+    if model != config.model:
+        blocked = build_network(config.model, image_shape, num_classes, config.seed)
+    full = _full_cost(config, blocked, image_shape)
     return Costs(tuple(found), full)
 
 

@@ -11,6 +11,7 @@ from fedfreeze.config.schema import Config, ModelConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.methods.aggregate import UpdateSum, device_weight
 from fedfreeze.network.blocks import BlockedNetwork
+from fedfreeze.network.flat import named_once
 from fedfreeze.network.stage import Stage
 
 # For a network of this configuration: the memory in bytes, at the configured batch, of each level of the only stage.
@@ -128,9 +129,8 @@ class Method(ABC):
         """Return the modules whose weights a checkpoint must hold, by name."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return every tensor of the method's state, by name."""
-        return {
-            f"{prefix}.{name}": tensor
-            for prefix, module in self.state_modules().items()
-            for name, tensor in module.state_dict().items()
-        }
+        """Return every tensor of the method's state, by name; one that has several names by its first."""
+        found: dict[str, torch.Tensor] = {}
+        for prefix, module in self.state_modules().items():
+            found |= {f"{prefix}.{name}": tensor for name, tensor in named_once(module).items()}
+        return found

@@ -41,14 +41,44 @@ class Checkpointed(nn.Module):
 
 
 def _contexts(segment: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), statistics_held(segment)
+    before = _Buffers(segment)
+    return nullcontext(), statistics_held(segment, before)
+
+
+class _Buffers:
+    """The buffers of a segment but for those of the usual batch normalisation, which training does not read."""
+
+    def __init__(self, segment: nn.Module):
+        modules = [module for module in segment.modules() if module._buffers and not _is_usual(module)]
+        self._tables = [(module._buffers, dict(module._buffers)) for module in modules]
+        found = [buffer for table, _ in self._tables for buffer in table.values() if buffer is not None]
+        self._values = [(buffer, buffer.detach().clone()) for buffer in found]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Let the segment hold them again."""
+        for table, buffers in self._tables:
+            table.update(buffers)
+        for buffer, value in self._values:
+            # past autograd's check for changes: the pass that is repeated saves anew what it reads
+            buffer.data.copy_(value)
+
+
+def _is_usual(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.momentum is not None
 
 
 @contextmanager
-def statistics_held(segment: nn.Module) -> Iterator[None]:
-    """Keep the second forward pass from moving running statistics a second time: the bits are then those of FedAvg."""
-    norms = [module for module in segment.modules() if isinstance(module, _BatchNorm)]
+def statistics_held(segment: nn.Module, before: _Buffers | None = None) -> Iterator[None]:
+    """Keep the second forward pass from moving running statistics a second time: the bits are then those of FedAvg.
+
+    It begins with the buffers that the first pass began with, and leaves those that the first pass left.
+    """
+    norms = [module for module in segment.modules() if isinstance(module, _BatchNorm) and _is_usual(module)]
     momenta = [norm.momentum for norm in norms]
+    after = _Buffers(segment)
+    if before is not None:
+        before.put_back()
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -56,6 +86,7 @@ def statistics_held(segment: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        after.put_back()
 
 
 def _segments(leaves: list[nn.Module]) -> list[list[nn.Module]]:

@@ -1,6 +1,6 @@
 """The trainable part of a stage as views of one flat buffer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,3 +128,23 @@ def _tensors(part: nn.Module, prefix: str, table: str) -> Iterator[tuple[str, nn
         for name, tensor in getattr(owner, table).items():
             if tensor is not None:
                 yield f"{owner_path}.{name}", owner, name, tensor
+
+
+def named_once(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a module's state_dict in which a tensor that has several names stands once, under its first."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+def load_named_once(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load what `named_once` returned; it must name every tensor. Raises RuntimeError, as load_state_dict does."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    every = {other: tensors[same[0]] for same in names.values() if same[0] in tensors for other in same}
+    module.load_state_dict({**tensors, **every})

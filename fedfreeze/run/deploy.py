@@ -11,6 +11,7 @@ from fedfreeze.config.file import load_config
 from fedfreeze.errors import DataError, one_line
 from fedfreeze.methods import make_method, method_class
 from fedfreeze.network.blocks import build_network
+from fedfreeze.network.flat import load_named_once
 
 
 def load_model(run_dir: str | Path) -> nn.Module:
@@ -29,7 +30,7 @@ def load_model(run_dir: str | Path) -> nn.Module:
     blocked = build_network(model, (channels, height, width), summary["num_classes"], config.seed)
     network = make_method(config, blocked, fitted).deployed(summary["deployed_stage"])
     try:
-        network.load_state_dict(load_file(folder / "model.safetensors"))
+        load_named_once(network, load_file(folder / "model.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise DataError(
             f"{folder / 'model.safetensors'} is not the network of this run: {one_line(error)[:160]}"

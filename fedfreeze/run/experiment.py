@@ -27,6 +27,7 @@ from fedfreeze.fleet.devices import Fleet, make_fleet
 from fedfreeze.methods import Method, make_method, method_class
 from fedfreeze.methods.aggregate import device_weight
 from fedfreeze.network.blocks import build_network
+from fedfreeze.network.flat import named_once
 from fedfreeze.plugins import own_code
 from fedfreeze.run.history import History
 from fedfreeze.run.preempt import Preemption
@@ -258,6 +259,6 @@ class Experiment:
         """Deploy the network and close the books."""
         assert self.coordinator is not None
         assert self.history is not None
-        self.folder.write_model(weight_bytes(self.method.deployed(stage).state_dict()))
+        self.folder.write_model(weight_bytes(named_once(self.method.deployed(stage))))
         summary = self.history.finish(self.coordinator, self.data, stage, self.fitted)
         self.reporter.finish(summary, self.history.stages, self.folder.path)

@@ -1,5 +1,7 @@
 """FedAvg with activation checkpointing gives the bits of FedAvg."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -50,3 +52,32 @@ def test_momentum_comes_back_after_an_error() -> None:
     with pytest.raises(RuntimeError), statistics_held(norm):
         fail()
     assert norm.momentum == 0.25
+
+
+class OwnNorm(nn.Module):
+    """Normalisation of a user's own: one buffer that is written into, one that is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        self.steps = self.steps + 1
+        return x * (1 + self.mean.clone())
+
+
+def test_statistics_of_another_kind_move_once() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(OwnNorm(), nn.BatchNorm1d(4, momentum=None), OwnNorm())
+    stored, recomputed = (copy.deepcopy(plain) for _ in range(2))
+    for way in (stored, Checkpointed([recomputed])):
+        for step in range(2):
+            way(torch.ones(3, 4) * (step + torch.arange(3.0)[:, None])).square().sum().backward()
+    for (name, one), other in zip(stored.state_dict().items(), recomputed.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    for one, other in zip(stored.parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
