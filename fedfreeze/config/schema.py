@@ -28,7 +28,7 @@ class DataConfig:
     name: str = "digits"
     """`digits` (embedded, 8x8 grey), `synthetic`, or the name of a data set on the Hugging Face hub."""
     path: str | None = None
-    """A folder, wins over `name`: of Parquet files (`train-*.parquet`, `test-*.parquet`) or of images
+    """A folder, wins over `name`: of one data set in Parquet files (`train-*.parquet`, `test-*.parquet`) or of images
     (`train/CLASS/*.png`, `test/CLASS/*.png`)."""
     subset: str | None = None
     """The configuration of a data set on the hub that has several."""

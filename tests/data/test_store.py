@@ -104,6 +104,9 @@ class Colours:
     def fingerprint(self) -> str:
         return "colours"
 
+    def class_names(self) -> list[str] | None:
+        return ["warm", "cold"]
+
     def splits(self) -> dict[str, Iterator[Sample]]:
         self.decoded += 1
         return {"train": self.samples(4, 1), "test": self.samples(2, 2)}
@@ -144,6 +147,7 @@ def test_the_store_holds_what_was_decoded(config, source):
         np.testing.assert_array_equal(split.images, [image for image, _ in wanted])
         assert split.labels.tolist() == [label for _, label in wanted]
     assert data.num_classes == 2
+    assert data.class_names == ("warm", "cold")
     assert data.image_shape == (3, 4, 5)
     pixels = np.array([image for image, _ in source.samples(4, 1)], dtype=np.float64) / 255
     assert data.mean == pytest.approx(pixels.mean((0, 2, 3)), rel=1e-12)
