@@ -15,11 +15,12 @@ import torch
 from fedfreeze.config.schema import DataConfig
 from fedfreeze.data.decode import BeginAgain, unequal
 from fedfreeze.data.sources import Sample, Source, fingerprint_key, make_source
-from fedfreeze.errors import DataError, storage_error
+from fedfreeze.errors import DataError, StorageError, storage_error
 from fedfreeze.storage import lock
 
 VERSION = 3  # of what is decoded and how: a store of another version is left alone
 MAX_CLASSES = 100_000  # a larger label is a mistake, and would ask for a classifier of that size
+NO_SPACE_ADVICE = "free space or choose another folder by --data.cache_dir=FOLDER"
 BLOCK = 2**20  # pixels of a channel summed at once: an image may be large, and sums take 8 bytes a pixel
 
 
@@ -54,10 +55,19 @@ class Data:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Return the folder of decoded data: `data.cache_dir`, else the user's cache folder."""
+    """Return the folder of decoded data: `data.cache_dir`, else the user's cache folder.
+
+    Raises StorageError where there is no such: a container's user may have no name and no home.
+    """
     if config.cache_dir is not None:
         return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfreeze"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfreeze"
+    except RuntimeError:
+        raise StorageError(
+            f"no place for decoded data on {socket.gethostname()}: HOME is not set and user {os.getuid()} has no home; "
+            "give a folder by --data.cache_dir=FOLDER"
+        ) from None
 
 
 def store_folder(config: DataConfig) -> Path:
@@ -88,7 +98,7 @@ def prepare(config: DataConfig) -> Path:
         finally:
             lock.give_back(descriptor, lock_path)
     except OSError as error:
-        raise storage_error("write decoded data to", final.parent, error) from None
+        raise storage_error("write decoded data to", final.parent, error, NO_SPACE_ADVICE) from None
     return final
 
 
