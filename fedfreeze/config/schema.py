@@ -389,6 +389,9 @@ class Config:
 # A resumed run may differ in these sections only; anything else would make it another run.
 RESUME_MAY_DIFFER = ("comm", "checkpoint", "track")
 
+# Where the data lies and how it is found there: a resumed run may have it elsewhere, and what it holds decides.
+WHERE_DATA_LIES = ("path", "cache_dir", "subset", "revision", "image_column", "label_column")
+
 
 def allowed_values(annotation: Any) -> list[str]:
     """Return the names that a key allows, `package.module:Class` for the user's own; none where it is no choice."""

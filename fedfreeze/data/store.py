@@ -14,6 +14,7 @@ import torch
 
 from fedfreeze.config.schema import DataConfig
 from fedfreeze.data.decode import BeginAgain, unequal
+from fedfreeze.data.identity import note_content
 from fedfreeze.data.sources import Sample, Source, fingerprint_key, make_source
 from fedfreeze.errors import DataError, StorageError, storage_error
 from fedfreeze.storage import lock
@@ -114,6 +115,7 @@ def _decode(source: Source, final: Path, name: str) -> None:
         except BeginAgain:
             _write_store(source.splits(), temporary)
         _note_names(source.class_names(), temporary)
+        note_content(temporary)
         _move_into_place(temporary, final)
     except DataError as error:
         raise DataError(f"data {name}: {error}") from None
