@@ -68,7 +68,8 @@ def is_same(recorded: Any, store: Path, identity: Identity) -> bool:
     """Tell whether what a checkpoint recorded of its data is the data of a store.
 
     A checkpoint of a version before this one has the name of its store (v2-...), which follows from path, names and
-    times of the files. Where that store is in the same cache its content decides; else equal names are the same data.
+    times of the files. Where that store is in the same cache its content decides; else equal names are the same data,
+    unless ours is no longer what was decoded.
     """
     if recorded == identity.digest:
         return True
@@ -78,7 +79,7 @@ def is_same(recorded: Any, store: Path, identity: Identity) -> bool:
     try:
         return content_digest(before) == identity.digest
     except (OSError, ValueError, KeyError, TypeError, EOFError):  # not there, or no longer whole
-        return recorded.partition("-")[2] == store.name.partition("-")[2]
+        return identity.intact and recorded.partition("-")[2] == store.name.partition("-")[2]
 
 
 def _stamps(folder: Path) -> dict[str, list[int]]:

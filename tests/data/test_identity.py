@@ -101,6 +101,7 @@ def test_the_name_of_a_store_of_the_version_before(store):
     ours = identify(store)
     same = f"v2-{store.name.partition('-')[2]}"
     assert is_same(same, store, ours)  # of the same files, and nothing tells otherwise
+    assert not is_same(same, store, Identity(ours.digest, intact=False))
     assert not is_same("v2-0123456789abcdef", store, ours)
     for name in (same, "v2-0123456789abcdef"):  # the store itself is there: its content decides
         old = shutil.copytree(store, store.parent / name)
