@@ -93,10 +93,11 @@ def _check_one_data_set(folder: Path, files: Sequence[Path]) -> None:
         return
     shown = [str(file.relative_to(folder)) for file in places.values()][:_FILES_SHOWN]
     more = f" and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
-    raise DataError(
-        f"it holds several data sets ({', '.join(shown)}{more}); give the folder of one of them, such as "
-        f"--data.path={max(places, key=lambda place: place != folder)}, or take the others out"
-    )
+    one = next(iter(places))
+    action = f"give the folder of one of them, such as --data.path={one}"
+    if folder in places:
+        action = "the folder itself is one of them: take the others out"
+    raise DataError(f"it holds several data sets ({', '.join(shown)}{more}); {action}")
 
 
 def _check_parts(folder: Path, split: str, files: Sequence[Path]) -> None:
