@@ -115,9 +115,9 @@ def out_of_memory(error: BaseException) -> UnavailableError | None:
     )
 
 
-def storage_error(action: str, path: object, error: OSError) -> StorageError:
+def storage_error(
+    action: str, path: object, error: OSError, remedy: str = "free space or choose another folder"
+) -> StorageError:
     """Turn an OSError met while writing into the one-line error that names the path and the next action."""
     reason = os.strerror(error.errno) if error.errno else one_line(error)
-    return StorageError(
-        f"cannot {action} {path} on {socket.gethostname()}: {reason}; free space or choose another folder"
-    )
+    return StorageError(f"cannot {action} {path} on {socket.gethostname()}: {reason}; {remedy}")

@@ -55,7 +55,6 @@ TESTED_IN = {
     "config/command_line.py": ("test_cli.py", "test_bad_inputs.py"),
     "config/reference.py": ("test_documents.py",),
     "config/schema.py": ("config/test_file.py", "config/test_file_properties.py"),
-    "data/decode.py": ("data/test_sources.py", "data/test_image_folder.py"),
     "data/huggingface.py": ("data/test_sources.py",),
     "doctor/findings.py": ("doctor/test_doctor.py",),
     "doctor/judge.py": ("doctor/test_doctor.py",),

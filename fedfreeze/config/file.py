@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fedfreeze.config.schema import RESUME_MAY_DIFFER, Config
+from fedfreeze.config.schema import RESUME_MAY_DIFFER, WHERE_DATA_LIES, Config
 from fedfreeze.errors import ConfigError, one_line
 
 _SECTIONS = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
@@ -113,6 +113,20 @@ def config_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         elif before != after:
             return f"{section} was {before!r} and is now {after!r}"
     return None
+
+
+def resume_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Name the first key that makes `new` another run than `old`, but for where its data lies: what is there decides.
+
+    Data of the hub may have become a folder, and the other way round. None where a resume is allowed so far.
+    """
+    moved = [dict(values) for values in (old, new)]
+    before, after = (values.get("data") for values in moved)
+    if isinstance(before, dict) and isinstance(after, dict):
+        free = {*WHERE_DATA_LIES, *(["name"] if before.get("path") or after.get("path") else [])}
+        for values, section in zip(moved, (before, after), strict=True):
+            values["data"] = {key: value for key, value in section.items() if key not in free}
+    return config_difference(*moved)
 
 
 def _find(source: str) -> Path:

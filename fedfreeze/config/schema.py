@@ -28,7 +28,7 @@ class DataConfig:
     name: str = "digits"
     """`digits` (embedded, 8x8 grey), `synthetic`, or the name of a data set on the Hugging Face hub."""
     path: str | None = None
-    """A folder, wins over `name`: of Parquet files (`train-*.parquet`, `test-*.parquet`) or of images
+    """A folder, wins over `name`: of one data set in Parquet files (`train-*.parquet`, `test-*.parquet`) or of images
     (`train/CLASS/*.png`, `test/CLASS/*.png`)."""
     subset: str | None = None
     """The configuration of a data set on the hub that has several."""
@@ -388,6 +388,9 @@ class Config:
 
 # A resumed run may differ in these sections only; anything else would make it another run.
 RESUME_MAY_DIFFER = ("comm", "checkpoint", "track")
+
+# Where the data lies and how it is found there: a resumed run may have it elsewhere, and what it holds decides.
+WHERE_DATA_LIES = ("path", "cache_dir", "subset", "revision", "image_column", "label_column")
 
 
 def allowed_values(annotation: Any) -> list[str]:

@@ -17,6 +17,10 @@ SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "valid"
 FOLDER_FORMS = "Parquet files (train-*.parquet, test-*.parquet) or images (train/CLASS/*.png, test/CLASS/*.png)"
 
 
+class BeginAgain(Exception):
+    """Raised by a stream that has met what changes the samples before it: decode the source from its start again."""
+
+
 def open_image(file: IO[bytes]) -> "Image.Image":
     """Open an encoded image; its pixels are not read yet. Raises DataError if it is of no known format."""
     from PIL import Image, UnidentifiedImageError

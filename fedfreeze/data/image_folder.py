@@ -1,9 +1,10 @@
-"""Image folders: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png, the classes numbered by their sorted names."""
+"""Image folders: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png, the classes numbered in the order of names."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,6 +29,7 @@ class ImageFolder:
         assert config.path is not None
         self.folder = Path(config.path)
         self.size = config.image_size
+        self.names: list[str] = []  # of the classes, by label
         self.first: tuple[str, tuple[int, ...]] | None = None  # the image that gives the shape to all
         try:
             self.files = self._list()
@@ -47,6 +49,10 @@ class ImageFolder:
                     ) from None
                 digest.update(json.dumps([name, label, facts.st_size, facts.st_mtime_ns]).encode())
         return json.dumps(["images", os.path.realpath(self.folder), digest.hexdigest(), self.size])
+
+    def class_names(self) -> list[str] | None:
+        """See Source. The names of the class folders."""
+        return self.names
 
     def splits(self) -> dict[str, Iterator[Sample]]:
         """See Source."""
@@ -82,12 +88,14 @@ class ImageFolder:
                 inside = "images but no class folders" if self._images(folder) else "no class folders"
                 raise self._error(f"{folder} holds {inside}; give each class a folder, {folder}/CLASS/*.png")
             if split == "train":
-                labels = {name: label for label, name in enumerate(classes)}
+                self.names = in_order(classes)
+                labels = {name: label for label, name in enumerate(self.names)}
                 if len(labels) < 2:
                     raise self._error(f"{folder} holds a single class, {classes[0]}; at least two are needed")
             strange = next((name for name in classes if name not in labels), None)
             if strange is not None:
                 raise self._error(f"{folder} has the class {strange}, which {folders['train']} lacks; check the splits")
+            classes.sort(key=labels.__getitem__)
             files[split] = [(file, labels[name]) for name in classes for file in self._images_of_class(folder, name)]
         return files
 
@@ -127,6 +135,13 @@ class ImageFolder:
 
     def _error(self, text: str) -> DataError:
         return DataError(f"data.path {self.folder}: {text}")
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Return the names of classes in the order of their labels: whole numbers by value (2 before 10), else as text."""
+    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def _visible(folder: Path) -> list["os.DirEntry[str]"]:

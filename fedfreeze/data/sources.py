@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from fedfreeze.config.schema import DataConfig
-from fedfreeze.data.decode import FOLDER_FORMS, Sample, pixels_of
-from fedfreeze.data.huggingface import HuggingFace, parquet_files
+from fedfreeze.data.decode import FOLDER_FORMS, SPLITS, Sample, pixels_of
+from fedfreeze.data.huggingface import HuggingFace
 from fedfreeze.data.image_folder import ImageFolder
+from fedfreeze.data.parquet_files import named, parquet_files
 from fedfreeze.data.synthetic import Synthetic
 from fedfreeze.errors import ConfigError, DataError
 
@@ -23,7 +24,13 @@ class Source(Protocol):
         """Return a text that changes when the data does; it names the decoded store."""
 
     def splits(self) -> dict[str, Iterator[Sample]]:
-        """Return the streams `train` and `test`, to be read in this order. Raises DataError."""
+        """Return the streams `train` and `test`, to be read in this order. Raises DataError.
+
+        A stream that raises BeginAgain is not at fault: the source has learnt from it, and is to be asked once more.
+        """
+
+    def class_names(self) -> list[str] | None:
+        """Return the names of the classes, by label, once the splits were read; None where the source has none."""
 
 
 class Digits:
@@ -35,6 +42,10 @@ class Digits:
     def fingerprint(self) -> str:
         """See Source."""
         return f"digits-1 {self.size}"
+
+    def class_names(self) -> list[str] | None:
+        """See Source. The digits themselves."""
+        return [str(digit) for digit in range(10)]
 
     def splits(self) -> dict[str, Iterator[Sample]]:
         """See Source."""
@@ -77,9 +88,15 @@ def _local(config: DataConfig, path: str) -> Source:
     folder = Path(path)
     if not os.path.isdir(folder):  # not Path.is_dir, which raises for a name that is too long
         raise DataError(f"data.path {path[:200]} is not a folder; give a folder of {FOLDER_FORMS}")
-    if parquet_files(folder):
+    files = parquet_files(folder)
+    if any(named(files, name) for names in SPLITS.values() for name in names):
         return HuggingFace(config)
-    source = ImageFolder(config)
+    try:
+        source = ImageFolder(config)
+    except DataError:
+        if not files:
+            raise
+        return HuggingFace(config)  # which says how its files must be named
     _refuse(config, ("image_column", "label_column"), f"data.path={path} holds image folders, which have no columns")
     return source
 

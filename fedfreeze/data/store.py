@@ -13,13 +13,15 @@ import numpy as np
 import torch
 
 from fedfreeze.config.schema import DataConfig
-from fedfreeze.data.decode import unequal
+from fedfreeze.data.decode import BeginAgain, unequal
+from fedfreeze.data.identity import note_content
 from fedfreeze.data.sources import Sample, Source, fingerprint_key, make_source
-from fedfreeze.errors import DataError, storage_error
+from fedfreeze.errors import DataError, StorageError, storage_error
 from fedfreeze.storage import lock
 
-VERSION = 2  # of what is decoded and how: a store of another version is left alone
+VERSION = 3  # of what is decoded and how: a store of another version is left alone
 MAX_CLASSES = 100_000  # a larger label is a mistake, and would ask for a classifier of that size
+NO_SPACE_ADVICE = "free space or choose another folder by --data.cache_dir=FOLDER"
 BLOCK = 2**20  # pixels of a channel summed at once: an image may be large, and sums take 8 bytes a pixel
 
 
@@ -43,6 +45,8 @@ class Data:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] | None = None
+    """The name of each class, by label; None where the source gives none."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -52,10 +56,19 @@ class Data:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Return the folder of decoded data: `data.cache_dir`, else the user's cache folder."""
+    """Return the folder of decoded data: `data.cache_dir`, else the user's cache folder.
+
+    Raises StorageError where there is no such: a container's user may have no name and no home.
+    """
     if config.cache_dir is not None:
         return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfreeze"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfreeze"
+    except RuntimeError:
+        raise StorageError(
+            f"no place for decoded data on {socket.gethostname()}: HOME is not set and user {os.getuid()} has no home; "
+            "give a folder by --data.cache_dir=FOLDER"
+        ) from None
 
 
 def store_folder(config: DataConfig) -> Path:
@@ -86,7 +99,7 @@ def prepare(config: DataConfig) -> Path:
         finally:
             lock.give_back(descriptor, lock_path)
     except OSError as error:
-        raise storage_error("write decoded data to", final.parent, error) from None
+        raise storage_error("write decoded data to", final.parent, error, NO_SPACE_ADVICE) from None
     return final
 
 
@@ -97,7 +110,12 @@ def _decode(source: Source, final: Path, name: str) -> None:
     temporary = final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}")
     try:
         temporary.mkdir()  # not by mkdtemp, whose folders are closed to colleagues
-        _write_store(source.splits(), temporary)
+        try:
+            _write_store(source.splits(), temporary)
+        except BeginAgain:
+            _write_store(source.splits(), temporary)
+        _note_names(source.class_names(), temporary)
+        note_content(temporary)
         _move_into_place(temporary, final)
     except DataError as error:
         raise DataError(f"data {name}: {error}") from None
@@ -125,7 +143,9 @@ def open_store(folder: Path) -> Data:
             labels = np.load(folder / f"{name}.labels.npy")
             images = np.memmap(folder / f"{name}.images.u8", np.uint8, mode="r", shape=(len(labels), *shape))
             splits[name] = Split(images, labels)
-        return Data(splits["train"], splits["test"], meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"]))
+        figures = meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"])
+        names = meta.get("class_names")
+        return Data(splits["train"], splits["test"], *figures, None if names is None else tuple(names))
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"decoded data in {folder} is damaged ({error}); delete that folder and run again") from None
 
@@ -182,6 +202,14 @@ def _write_store(streams: dict[str, Iterator[Sample]], folder: Path) -> None:
         "std": (std / 255).tolist(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _note_names(names: list[str] | None, folder: Path) -> None:
+    """Add the names of the classes that the training data has; fewer names than classes are none."""
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text())
+    whole = names is not None and len(names) >= meta["num_classes"]
+    path.write_text(json.dumps(meta | {"class_names": names[: meta["num_classes"]] if names and whole else None}))
 
 
 def _count_classes(labels: np.ndarray) -> int:

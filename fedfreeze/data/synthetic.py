@@ -35,6 +35,10 @@ class Synthetic:
         """See Source."""
         return json.dumps(["synthetic-1", self.shape, self.samples, self.classes])
 
+    def class_names(self) -> list[str] | None:
+        """See Source."""
+        return None
+
     def splits(self) -> dict[str, Iterator[Sample]]:
         """See Source."""
         return {"train": self._stream("train", self.samples), "test": self._stream("test", self.samples // 5)}

@@ -22,7 +22,7 @@ import fedfreeze
 from fedfreeze.comm.slurm import seconds_left
 from fedfreeze.config.schema import CheckpointConfig, Config, DataConfig, TrainConfig
 from fedfreeze.data.sources import EMBEDDED
-from fedfreeze.data.store import cache_folder, open_store, store_folder
+from fedfreeze.data.store import NO_SPACE_ADVICE, cache_folder, open_store, store_folder
 from fedfreeze.device.cap import DeviceOutOfMemoryError, TensorByteCounter, make_cap
 from fedfreeze.errors import ExitCode, FedfreezeError, UnavailableError, one_line, out_of_memory, storage_error
 from fedfreeze.network.stage import LocalTrainer, Stage
@@ -148,7 +148,7 @@ def probe_caps(device: torch.device, config: TrainConfig) -> Facts:
     return {"enforced_by": cap.name, "peak_bytes": peak, "fits_bytes": fits, "refused_bytes": short, "said": refusal}
 
 
-def try_folder(folder: Path, action: str) -> Facts:
+def try_folder(folder: Path, action: str, remedy: str = "free space or choose another folder") -> Facts:
     """Write, sync, lock, rename and remove a file where `folder` is or would be made; return seconds and free bytes.
 
     Raises StorageError, whose message says that it cannot `action` the folder.
@@ -181,7 +181,7 @@ def try_folder(folder: Path, action: str) -> Facts:
                     path.unlink()
         free = shutil.disk_usage(place).free
     except OSError as error:
-        raise storage_error(action, folder, error) from None
+        raise storage_error(action, folder, error, remedy) from None
     return {"free_bytes": free, "sync_s": seconds, "locks": descriptors[-1] is None}
 
 
@@ -215,7 +215,7 @@ def probe_data(config: DataConfig, *, named: bool) -> Facts:
         if facts["prepared"]:
             open_store(store)
             return facts
-    return facts | try_folder(folder, "write decoded data to")
+    return facts | try_folder(folder, "write decoded data to", NO_SPACE_ADVICE)
 
 
 def probe_wandb(config: Config, run_dir: Path, environment: Mapping[str, str]) -> Facts:

@@ -36,4 +36,5 @@ def load_model(run_dir: str | Path) -> nn.Module:
             f"{folder / 'model.safetensors'} is not the network of this run: {one_line(error)[:160]}"
         ) from None
     network.normalisation = summary["normalisation"]
+    network.class_names = summary.get("class_names")
     return network.eval()

@@ -12,6 +12,7 @@ import torch
 
 from fedfreeze.comm.ranks import Ranks
 from fedfreeze.config.schema import Config
+from fedfreeze.data.identity import Identity, identify, is_same
 from fedfreeze.data.partition import partition_of
 from fedfreeze.data.partition_summary import summarise
 from fedfreeze.data.store import Data, open_store, prepare
@@ -73,6 +74,7 @@ class Experiment:
         self.coordinator: Coordinator | None = None
         self.store = ranks.together(lambda: prepare(config.data))
         self.data: Data = ranks.together(lambda: open_store(self.store))
+        self.identity = self._agree_on_data()
         self.parts = parts = ranks.together(lambda: partition_of(self.data, config))
         fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
         self.fitted: dict[str, Any] = ranks.decide(lambda: self._fit(fleet))
@@ -82,6 +84,21 @@ class Experiment:
         self.emulator = Emulator(config, self.data, parts, self.method, device, self._check)
         self.window = PerturbationWindow(config.pace.window)
         self.checkpoints = CheckpointStore(folder.path / "checkpoints", config.checkpoint.keep, reporter.notice)
+
+    def _agree_on_data(self) -> Identity:
+        """Collective: every rank must call this. Return what all ranks learn from: the disks of nodes may hold copies.
+
+        Raises DataError where one holds something else than rank 0.
+        """
+        identity: Identity = self.ranks.together(lambda: identify(self.store))
+        digests = self.ranks.all_gather(identity.digest)
+        strange = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+        if strange is not None:
+            raise DataError(
+                f"the data of rank {strange} on {self.ranks.rank_hosts[strange]}, decoded in {self.store}, is not that "
+                "of rank 0; copy or fetch it there again"
+            )
+        return identity
 
     def _build(self) -> Method:
         model = method_class(self.config).network(self.config.model, self.fitted)
@@ -158,10 +175,12 @@ class Experiment:
         """Return the stage to go on with, and whether there is nothing left but to deploy."""
         assert self.coordinator is not None
         assert self.history is not None
+        self._check_data()
+        found = self.checkpoints.load_newest(self._restore)
         self.folder.claim(self.config)
+        self.folder.write_data(self._data_facts())
         caps = [None if cap is None else cap / MIB for cap in self.coordinator.fleet.memory_cap_bytes]
         self.folder.write_partition(summarise(self.parts, self.data).csv(caps))
-        found = self.checkpoints.load_newest(self._restore)
         if found is not None and self.folder.metrics_bytes() < found.state["metrics_bytes"]:
             self.reporter.notice(f"{self.folder.metrics_path} is shorter than it was: lines are missing in it")
         if self.folder.forget_stop():
@@ -176,11 +195,11 @@ class Experiment:
         assert self.history is not None
         if not isinstance(found.state["metrics_bytes"], int):
             raise TypeError("its length of metrics.jsonl is no number")
-        if found.state["inputs"] != self._inputs():
-            raise ConfigError(
-                f"the data or the devices (a CSV file?) have changed since {self.folder.path} was begun; put them "
-                "back, or use another --run-dir"
-            )
+        before, now = found.state["inputs"], self._inputs()
+        if not is_same(before["data"], self.store, self.identity):
+            raise self._other_inputs("the images or labels")
+        if before != now | {"data": before["data"]}:
+            raise self._other_inputs("what the devices are")
         ours = self.method.state_dict()
         if {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in found.tensors.items()}:
             raise DataError(f"the checkpoints in {self.folder.path} are of another network; use another --run-dir")
@@ -193,6 +212,35 @@ class Experiment:
         for number, update in found.updates:
             self.window.updates.append((number, update))
 
+    def _check_data(self) -> None:
+        """Raise ConfigError where the run folder was begun with other data, DataError where ours is damaged."""
+        begun_with = self.folder.read_data()
+        if begun_with is not None and begun_with.get("digest") != self.identity.digest:
+            raise self._other_inputs("the images or labels")
+        if not self.identity.intact and not self.folder.has_checkpoint():
+            raise DataError(
+                f"decoded data in {self.store} is damaged: it is not what was decoded; delete that folder, run again"
+            )
+
+    def _other_inputs(self, what: str) -> ConfigError:
+        damaged = "" if self.identity.intact else f"; the decoded data in {self.store} is damaged: delete that folder"
+        return ConfigError(
+            f"the data or the devices (a CSV file?) have changed since {self.folder.path} was begun ({what}); put them "
+            f"back, or use another --run-dir{damaged}"
+        )
+
+    def _data_facts(self) -> dict[str, Any]:
+        """Return what data.json holds."""
+        data = self.data
+        return {
+            "digest": self.identity.digest,
+            "image_shape": list(data.image_shape),
+            "train": len(data.train),
+            "test": len(data.test),
+            "num_classes": data.num_classes,
+            "class_names": None if data.class_names is None else list(data.class_names),
+        }
+
     def _inputs(self) -> dict[str, Any]:
         """What the run is made of and config.yaml only points to: the decoded data and the devices."""
         assert self.coordinator is not None
@@ -200,7 +248,7 @@ class Experiment:
         figures = [list(fleet.memory_cap_bytes)]
         for each in (fleet.speed_flops, fleet.up_bytes_s, fleet.down_bytes_s, fleet.availability, fleet.phase):
             figures.append(each.tolist())
-        return {"data": self.store.name, "fleet": hashlib.sha256(json.dumps(figures).encode()).hexdigest()}
+        return {"data": self.identity.digest, "fleet": hashlib.sha256(json.dumps(figures).encode()).hexdigest()}
 
     def _check(self) -> None:
         """Raise why the round in progress must not go on: a rank was lost, or there is no time for the rest."""

@@ -151,6 +151,7 @@ class History:
             "deployed_stage": stage,
             "image_shape": list(data.image_shape),
             "num_classes": data.num_classes,
+            "class_names": None if data.class_names is None else list(data.class_names),
             "normalisation": {"mean": list(data.mean), "std": list(data.std)},
             "fitted": fitted,
         }

@@ -1,4 +1,4 @@
-"""The run folder: its lock, config.yaml, metrics.jsonl and summary.json."""
+"""The run folder: its lock, config.yaml, data.json, metrics.jsonl and summary.json."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfreeze.comm.slurm import job_has_ended
-from fedfreeze.config.file import config_difference, config_values, dump_config, read_yaml
+from fedfreeze.config.file import config_values, dump_config, read_yaml, resume_difference
 from fedfreeze.config.schema import Config
 from fedfreeze.errors import ConfigError, storage_error
 from fedfreeze.storage import lock
@@ -22,6 +22,7 @@ class RunFolder:
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
         self.summary_path = path / "summary.json"
+        self.data_path = path / "data.json"
         self.model_path = path / "model.safetensors"
         self.stop_path = path / "stop"
         self._save_path = path / "save"
@@ -135,7 +136,7 @@ class RunFolder:
                     raise ConfigError(f"{path} is empty")
             except ConfigError as error:
                 raise ConfigError(f"{error}; delete the run folder or use another --run-dir") from None
-            difference = config_difference(theirs, ours)
+            difference = resume_difference(theirs, ours)
             if difference:
                 raise ConfigError(
                     f"run folder {self.path} holds another run: {difference}; use another --run-dir or --name"
@@ -192,6 +193,21 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         return summary if isinstance(summary, dict) else None
+
+    def read_data(self) -> dict[str, Any] | None:
+        """Return data.json, what the run learns from; None if there is none or it is not whole."""
+        try:
+            data = json.loads(self.data_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return data if isinstance(data, dict) else None
+
+    def write_data(self, data: dict[str, Any]) -> None:
+        """Write data.json, whole or not at all. Raises StorageError."""
+        try:
+            write_whole(self.data_path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            raise storage_error("write", self.data_path, error) from None
 
     def write_partition(self, content: str) -> None:
         """Write partition.csv, whole or not at all. Raises StorageError."""

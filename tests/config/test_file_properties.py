@@ -15,6 +15,7 @@ from fedfreeze.config.file import (
     dump_config,
     load_config,
     make_config,
+    resume_difference,
 )
 from fedfreeze.config.schema import RESUME_MAY_DIFFER, Config
 from fedfreeze.errors import ConfigError
@@ -166,6 +167,26 @@ def test_what_a_resume_may_change_is_no_difference():
     )
     assert set(RESUME_MAY_DIFFER) == {"comm", "checkpoint", "track"}
     assert config_difference(config_values(Config()), config_values(changed)) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ({}, {"cache_dir": "/b"}, None),
+        ({"path": "/a"}, {"path": "/b", "cache_dir": "/c"}, None),
+        ({"name": "some/set", "revision": "v1"}, {"path": "/b", "image_column": "scan"}, None),
+        ({"path": "/a", "name": "digits"}, {"name": "some/set"}, None),
+        ({"name": "some/set"}, {"name": "some/other"}, "data.name was 'some/set' and is now 'some/other'"),
+        ({"name": "digits"}, {"name": "synthetic"}, "data.name was 'digits' and is now 'synthetic'"),
+        ({"path": "/a"}, {"path": "/b", "image_size": 8}, "data.image_size was None and is now 8"),
+        ({"path": "/a"}, {"path": "/b", "alpha": 2.0}, "data.alpha was 0.5 and is now 2.0"),
+    ],
+)
+def test_where_data_lies_is_no_difference_to_a_resume_and_what_is_done_with_it_is(before, after, says):
+    old, new = (config_values(make_config({"data": values})) for values in (before, after))
+    assert resume_difference(old, new) == says
+    assert config_difference(old, new) is not None  # ranks of one start must have the very same
+    assert resume_difference({"seed": 0}, {"seed": 0}) is None
 
 
 def test_a_key_that_only_one_side_has_is_a_difference():

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from fedfreeze.config.schema import DataConfig
 from fedfreeze.data.huggingface import HuggingFace
-from fedfreeze.data.image_folder import ImageFolder
+from fedfreeze.data.image_folder import ImageFolder, in_order
 from fedfreeze.data.sources import fingerprint_key, make_source
 from fedfreeze.data.store import open_store, prepare
 from fedfreeze.errors import ConfigError, DataError, ExitCode
@@ -176,6 +176,33 @@ def test_parquet_wins(config, flowers, folder, write_parquet):
         write_parquet(folder / f"{split}.parquet", pictures(4, seed=6), [0, 1, 2, 1])
     assert isinstance(make_source(config()), HuggingFace)
     np.testing.assert_array_equal(open_store(prepare(config())).train.images[:, 0], pictures(4, seed=6))
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (list(map(str, range(12))), list(map(str, range(12)))),
+        (["1", "10", "2", "3"], ["1", "2", "3", "10"]),
+        (["00", "01", "10", "2"], ["00", "01", "2", "10"]),
+        (["-1", "-2", "0", "1"], ["-2", "-1", "0", "1"]),
+        (["1", "10", "2", "unknown"], ["1", "10", "2", "unknown"]),
+        (["rose", "Tulip", "lily10", "lily2"], ["Tulip", "lily10", "lily2", "rose"]),
+    ],
+)
+def test_classes_are_numbered_in_a_sensible_order_the_same_in_both_splits(config, save, names, order):
+    assert in_order(names) == in_order(names[::-1]) == order
+    images = dict(zip(names, pictures(len(names), seed=5), strict=True))
+    for name in names:
+        save(f"train/{name}/a.png", images[name])
+    for name in names[1:]:  # the test split lacks a class
+        save(f"test/{name}/a.png", images[name])
+    data = open_store(prepare(config()))
+    assert data.class_names == tuple(order)
+    assert data.train.labels.tolist() == list(range(len(names)))
+    for split in (data.train, data.test):
+        for image, label in zip(split.images, split.labels, strict=True):
+            np.testing.assert_array_equal(image[0], images[order[label]])
+    assert sorted(data.test.labels) == [index for index, name in enumerate(order) if name != names[0]]
 
 
 # --- data.image_size

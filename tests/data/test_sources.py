@@ -333,13 +333,6 @@ def test_sizes_that_differ_between_splits(local, write_split):
     assert_bad(local, "split test, row 1", "(1, 8, 5)", "(1, 6, 5)")
 
 
-def test_grey_training_and_colour_test_images(local, write_split):
-    write_split("train")
-    write_split("test", pictures(2, colour=True))
-    assert_bad(local, "split test, row 1", "(3, 6, 5)", "(1, 6, 5)", "grey")
-    assert_bad(replace(local, image_size=5), "split test, row 1", "all must be grey or all in colour")  # no size helps
-
-
 def test_negative_label(local, write_split):
     write_split("train", labels=[0, 1, 0, -1])
     write_split("test")

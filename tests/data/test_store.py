@@ -104,6 +104,9 @@ class Colours:
     def fingerprint(self) -> str:
         return "colours"
 
+    def class_names(self) -> list[str] | None:
+        return ["warm", "cold"]
+
     def splits(self) -> dict[str, Iterator[Sample]]:
         self.decoded += 1
         return {"train": self.samples(4, 1), "test": self.samples(2, 2)}
@@ -144,6 +147,7 @@ def test_the_store_holds_what_was_decoded(config, source):
         np.testing.assert_array_equal(split.images, [image for image, _ in wanted])
         assert split.labels.tolist() == [label for _, label in wanted]
     assert data.num_classes == 2
+    assert data.class_names == ("warm", "cold")
     assert data.image_shape == (3, 4, 5)
     pixels = np.array([image for image, _ in source.samples(4, 1)], dtype=np.float64) / 255
     assert data.mean == pytest.approx(pixels.mean((0, 2, 3)), rel=1e-12)
@@ -224,7 +228,7 @@ def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path, source):
     for path in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(StorageError) as caught:
             prepare(DataConfig(cache_dir=str(path)))
-        assert_one_line(caught.value, path.parent)
+        assert_one_line(caught.value, path.parent, "--data.cache_dir=FOLDER")
     assert source.decoded == 0
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -236,6 +240,22 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder(DataConfig()) == tmp_path / "home" / ".cache" / "fedfreeze"
+
+
+def test_without_a_home_the_error_says_which_key_to_give(monkeypatch, tmp_path):
+    """As in a container: the user id has no name, and HOME is not set."""
+
+    def nobody(*_: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(StorageError) as caught:
+        prepare(DataConfig())
+    assert_one_line(caught.value, "HOME is not set", f"user {os.getuid()}", "--data.cache_dir=FOLDER")
+    assert len(open_store(prepare(DataConfig(cache_dir=str(tmp_path)))).train) == 1437
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(DataConfig()) == tmp_path / "fedfreeze"
 
 
 def test_preparing_needs_nothing_but_the_cache_folder(config, cache, source, tmp_path):

@@ -115,6 +115,7 @@ def test_it_trains_through_all_stages_under_caps_and_learns(finished: Path) -> N
     assert told["stage_reasons"] == ["fixed"] * 3
     assert told["model"] == "shop.models:build"
     assert told["num_classes"] == len(CLASSES)
+    assert told["class_names"] == json.loads((finished / "data.json").read_text())["class_names"] == CLASSES
     assert told["final_accuracy"] > 0.8
     assert told["trained_below_full_memory"] > 0
     for record in metrics(finished):
@@ -160,9 +161,10 @@ def test_it_can_be_loaded_from_where_its_factory_is(finished: Path, project: Pat
     script = (
         "import json, sys, torch, fedfreeze\n"
         "network = fedfreeze.load_model('one')\n"
-        "print(json.dumps([type(network).__name__, list(network(torch.zeros(2, 3, 14, 11)).shape)]))"
+        "shape = list(network(torch.zeros(2, 3, 14, 11)).shape)\n"
+        "print(json.dumps([type(network).__name__, shape, network.class_names]))"
     )
     with contextlib.chdir(project):
         done = run([sys.executable, "-c", script])
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["Net", [2, 3]]
+    assert json.loads(done.stdout) == ["Net", [2, 3], CLASSES]
