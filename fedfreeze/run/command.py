@@ -9,6 +9,7 @@ from fedfreeze.comm.launcher import launch_here
 from fedfreeze.comm.local_ranks import interrupt_once, run_local_ranks
 from fedfreeze.config.command_line import Commands, add_config_command, positive
 from fedfreeze.config.schema import Config
+from fedfreeze.errors import ExitCode
 from fedfreeze.run.preempt import Preemption
 
 
@@ -16,12 +17,16 @@ def add_command(commands: Commands) -> None:
     """Add `run` with its options."""
     command = add_config_command(commands, "run", _run, "train, or go on where the run folder's checkpoint is")
     command.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
+    command.add_argument("--show-run-dir", action="store_true", help="print the run folder, and do nothing else")
     command.add_argument("--nproc", type=positive, metavar="N", help="start N ranks on this machine (default 1)")
 
 
 def _run(config: Config, options: argparse.Namespace) -> int:
-    launch, nproc = launch_here(options.nproc, config.comm.transport, os.environ, os.getppid())
     run_dir = Path(options.run_dir or Path("runs") / config.name)
+    if options.show_run_dir:  # the scripts that start runs ask, before any rank
+        print(run_dir)
+        return ExitCode.DONE
+    launch, nproc = launch_here(options.nproc, config.comm.transport, os.environ, os.getppid())
     preemption = Preemption(config.checkpoint, os.environ)
     preemption.install()
     # or torch's own lines, stack traces among them, come before ours where ranks do not find each other
