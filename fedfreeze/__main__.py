@@ -1,9 +1,16 @@
 """`python -m fedfreeze`, and what the console script calls."""
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `python -m` searches the working folder before anything else, so that a user's datasets.py or random.py would
+    # stand for the package of that name; the console script does not. Modules of the user's own are found last, by
+    # plugins.py.
+    del sys.path[0]
+
 import contextlib
 import os
 import signal
-import sys
 
 
 def main() -> int:

@@ -36,8 +36,9 @@ def choose_class(key: str, name: str, registry: Mapping[str, type[T]], base: typ
 def load_own(key: str, name: str) -> Any:
     """Import the user's own object `package.module:Name`. Raises ConfigError.
 
-    The folder in which fedfreeze was started is searched last, after installed packages, as a console script's own
-    search path does not hold it.
+    The folder in which fedfreeze was started is searched last, after installed packages: neither a console script's own
+    search path holds it, nor that of `python -m fedfreeze` (see __main__.py). What is hidden there by a package of the
+    same name is refused, not taken for it.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -47,16 +48,59 @@ def load_own(key: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         # the user's module may be there and import something that is not
         what = "module" if module_name.startswith(error.name or "") else f"{module_name} imports"
+        _check_not_hidden(key, error.name or module_name, "" if what == "module" else f"{module_name} imports ")
         raise ConfigError(
             f"{key}: {what} {error.name} is not found; looked in {os.getcwd()} and in what is installed"
         ) from None
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{key}: importing {module_name} failed: {told(error)}") from None
+    _check_not_hidden(key, module_name)
     try:
         return getattr(module, attribute)
     except AttributeError:
         names = [other for other in vars(module) if not other.startswith("_")]
         raise ConfigError(f"{key}: {module_name} has no {attribute}; it has: {', '.join(names) or 'nothing'}") from None
+
+
+def _check_not_hidden(key: str, module_name: str, importer: str = "") -> None:
+    """Raise ConfigError where a module of the working folder is hidden by another of its name, found before it."""
+    parts = module_name.split(".")
+    mine = _source(Path.cwd().joinpath(*parts))
+    if mine is None:
+        return
+    for length in range(1, len(parts) + 1):
+        found = sys.modules.get(".".join(parts[:length]))
+        here = _source(Path.cwd().joinpath(*parts[:length]))
+        file = getattr(found, "__file__", None)
+        if found is None or (file is None and hasattr(found, "__path__")):
+            continue  # not reached, or a folder without __init__.py: it holds what lies in all the folders of its name
+        if file is None or here is None or not _is_same_code(here, Path(file)):
+            raise ConfigError(
+                f"{key}: {importer}{module_name} is {file or 'a part of Python'}, which is found before your own "
+                f"{mine}; give yours another name"
+            )
+
+
+def _source(path: Path) -> Path | None:
+    """Return the file of a module that would lie at `path`, which has no ending; None if there is none."""
+    for file in (path / "__init__.py", path.with_name(f"{path.name}.py")):
+        if file.is_file():
+            return file
+    return None
+
+
+def _is_same_code(mine: Path, other: Path) -> bool:
+    """Tell whether two files of modules, and all below them where they are packages, are the same or copies."""
+    if not other.exists():  # within an archive
+        return False
+    if mine.samefile(other):
+        return True
+    if mine.name != "__init__.py" or other.name != "__init__.py":
+        return mine.read_bytes() == other.read_bytes()
+    both = [{file.relative_to(top.parent) for file in top.parent.rglob("*.py")} for top in (mine, other)]
+    return both[0] == both[1] and all(
+        (mine.parent / file).read_bytes() == (other.parent / file).read_bytes() for file in both[0]
+    )
 
 
 @contextmanager
