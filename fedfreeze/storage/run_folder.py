@@ -7,9 +7,17 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import fedfreeze
 from fedfreeze.comm.slurm import job_has_ended
-from fedfreeze.config.file import config_difference, config_values, dump_config, read_yaml
-from fedfreeze.config.schema import Config
+from fedfreeze.config.file import (
+    config_difference,
+    config_values,
+    filled_up,
+    read_yaml,
+    writer_of,
+    written_config,
+)
+from fedfreeze.config.schema import RESUME_MAY_DIFFER, Config
 from fedfreeze.errors import ConfigError, storage_error
 from fedfreeze.storage import lock
 from fedfreeze.storage.files import write_whole
@@ -44,7 +52,7 @@ class RunFolder:
             self._unmake()
             raise storage_error("use run folder", self.path, error) from None
         try:
-            self._check_config(config)
+            notices += self._check_config(config)
         except BaseException:
             self.close()
             raise
@@ -66,7 +74,7 @@ class RunFolder:
         """Write config.yaml: from now on the folder belongs to this run. Raises StorageError."""
         path = self.path / "config.yaml"
         try:
-            write_whole(path, dump_config(config))
+            write_whole(path, written_config(config))
         except OSError as error:
             raise storage_error("write", path, error) from None
 
@@ -125,9 +133,11 @@ class RunFolder:
             raise ConfigError(f"run folder {self.path} is in use by pid {pid} on {host}; wait for it or use --run-dir")
         return [f"took over the lock of pid {pid} on {host}, which is gone"]
 
-    def _check_config(self, config: Config) -> None:
+    def _check_config(self, config: Config) -> list[str]:
+        """Hold config.yaml against ours; where another version wrote it, as far as both know the keys."""
         path = self.path / "config.yaml"
         ours = config_values(config)
+        notices: list[str] = []
         if path.exists():
             try:
                 theirs = read_yaml(path)
@@ -135,13 +145,38 @@ class RunFolder:
                     raise ConfigError(f"{path} is empty")
             except ConfigError as error:
                 raise ConfigError(f"{error}; delete the run folder or use another --run-dir") from None
+            theirs, missing, unknown = filled_up(theirs)
+            for key, value in unknown.items():
+                told = f"{path} has {key}={value!r}, which fedfreeze {fedfreeze.__version__} does not know"
+                told = f"{told}; {self._writer()} wrote it"
+                if key.partition(".")[0] not in RESUME_MAY_DIFFER:
+                    raise ConfigError(f"{told}: go on with that one, or use another --run-dir")
+                notices.append(f"{told}; left out")
             difference = config_difference(theirs, ours)
+            lacks = {key: value for key, value in missing.items() if key.partition(".")[0] not in RESUME_MAY_DIFFER}
+            if difference and difference.partition(" ")[0] in lacks:
+                difference += f" ({path} lacks it, so it was the default)"
             if difference:
                 raise ConfigError(
                     f"run folder {self.path} holds another run: {difference}; use another --run-dir or --name"
                 )
+            if lacks:
+                listed = ", ".join(f"{key}={value!r}" for key, value in lacks.items())
+                notices.append(f"{path}, by {self._writer()}, lacks keys that are known now; default taken: {listed}")
         elif self.has_checkpoint():
             raise ConfigError(f"run folder {self.path} has checkpoints but no config.yaml; use another --run-dir")
+        return notices
+
+    def _writer(self) -> str:
+        """Name what wrote config.yaml, as well as the folder tells it."""
+        summary = self.read_summary() or {}
+        versions = summary.get("versions")
+        version = versions.get("fedfreeze") if isinstance(versions, dict) else None
+        version = writer_of(self.path / "config.yaml") or version
+        revision = summary.get("git_revision")
+        if version is None:
+            return "another version of fedfreeze"
+        return f"fedfreeze {version}" + (f" (revision {revision})" if revision else "")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. Raises StorageError."""

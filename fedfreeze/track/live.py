@@ -111,10 +111,11 @@ class Tracker:
             return
         self.round = record["round"]
         self.wall_s += record["wall_s"]
-        self.emulated_s += record["emulated_s"] or 0.0
+        emulated_s = record.get("emulated_s")  # an older revision had no emulated clock
+        self.emulated_s += emulated_s or 0.0
         self.traffic_bytes += record["bytes_up"] + record["bytes_down"]
         row = scalars(record) | {"wall_hours": self.wall_s / 3600, "traffic_gb": self.traffic_bytes / 1e9}
-        if record["emulated_s"] is not None:
+        if emulated_s is not None:
             row["emulated_hours"] = self.emulated_s / 3600
         row["participants/completed"] = len(record["selected"]) - len(record["failed"])
         row["participants/failed"] = len(record["failed"])
@@ -333,7 +334,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, Any]:
 def device_rows(record: Mapping[str, Any]) -> list[list[Any]]:
     """Return a row a selected device: round, device, then PER_DEVICE; None where the record has nothing."""
     return [
-        [record["round"], device, *(record[name].get(str(device)) for name in PER_DEVICE)]
+        [record["round"], device, *(record.get(name, {}).get(str(device)) for name in PER_DEVICE)]
         for device in record["selected"]
     ]
 

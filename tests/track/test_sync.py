@@ -248,7 +248,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "nested without end": (text(LINES[0] + "[" * 100_000 + "\n"), 65, "line 2 is not JSON"),
     "NaN": (second_round(train_loss=float("nan")), 65, "line 3 is not JSON: NaN is not a number"),
     "a round lost": (second_round(round=3), 65, "line 3: round 3 where round 2 should be"),
-    "a key missing": (second_round(tensor_peak_mib=...), 65, "line 3: lacks 'tensor_peak_mib'"),
+    "a key missing": (second_round(cap_mib=...), 65, "line 3: lacks 'cap_mib'"),
     "text for bytes": (second_round(bytes_up="many"), 65, "line 3: bytes_up is 'many'"),
     "a peak of nobody": (second_round(peak_memory_mib={"39": 1.0}), 65, "line 3: device 39 has a peak"),
     "the end lost": (text("".join(LINES[:-1])), 65, "summary.json says finished: lines are missing"),
