@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedfreeze.config.file import config_values
-from fedfreeze.config.schema import Config
+from fedfreeze.config.schema import Config, TrackConfig
 from fedfreeze.errors import UnavailableError, one_line
 from fedfreeze.track.quiet_wandb import (
     bounded,
@@ -44,6 +44,9 @@ DEVICE_COLUMNS = ("round", "device", *PER_DEVICE)
 
 _LEVELS = {"off": 0, "disabled": 0, "offline": 1, "dryrun": 1, "online": 2, "run": 2, "shared": 2}
 _MODES = ("off", "offline", "online")
+# What wandb would take from the environment, and the configuration always says.
+_NOT_TAKEN = {"WANDB_NAME": "the key name", "WANDB_DIR": "track.dir", "WANDB_RUN_ID": "the id of the run folder"}
+
 _NOT_FACTS = ("kind", "name", "round", "hosts", "slurm_job", "slurm_restart", "wandb_id")
 
 
@@ -182,13 +185,9 @@ class Tracker:
     def _init(self, mode: str, facts: dict[str, Any]) -> Any:
         check_writable(self.folder)
         wandb: Any = importlib.import_module("wandb")
-        track = self.config.track
         with no_terminal():
             run = wandb.init(
-                project=track.project,
-                entity=track.entity,
-                group=track.group,
-                tags=track.tags,
+                **wandb_names(self.config.track, os.environ),
                 name=self.config.name,
                 id=self.wandb_id,
                 resume="allow" if mode == "online" else None,
@@ -292,7 +291,21 @@ def make_tracker(config: Config, run_dir: Path, notice: Callable[[str], None]) -
             f"track.wandb is {config.track.wandb}, but wandb is not installed; pip install 'wandb>=0.20', or use "
             "track.wandb=off"
         )
+    for name, key in _NOT_TAKEN.items():
+        if mode != "off" and os.environ.get(name):
+            notice(f"{name} is set and does not count: {key} does (docs/tracking.md)")
     return Tracker(config, run_dir, mode, notice)
+
+
+def wandb_names(track: TrackConfig, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return project, entity, group and tags of a run: of each the configuration's, else the variable's, else ours."""
+    tags = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",")]
+    return {
+        "project": track.project or environment.get("WANDB_PROJECT") or "fedfreeze",
+        "entity": track.entity or environment.get("WANDB_ENTITY") or None,
+        "group": track.group or environment.get("WANDB_RUN_GROUP") or None,
+        "tags": list(track.tags) or [tag for tag in tags if tag],
+    }
 
 
 def wandb_installed() -> bool:

@@ -93,11 +93,15 @@ def test_an_offline_sync_equals_the_live_run_and_the_second_does_nothing(
 
 @needs_wandb
 def test_offline_again_where_there_is_more_or_it_is_forced_or_the_folder_is_gone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", WHOLE[:3])
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
     first = sync_json(capfd, run, "--offline")
     assert (first["state"], first["rounds"]) == ("synced", 2)
+    noted = json.loads((run / "wandb" / "synced.json").read_text())
+    assert (noted["project"], noted["entity"]) == ("theirs", "team")
     assert '"exit_code":75' in inspect(rebuilt(run))
     write_run(tmp_path / "run")
     (run / "wandb" / "sync" / "staged-left-by-a-kill").mkdir()
