@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class RunFolder:
                 "wait for it or use --run-dir"
             )
         try:
-            notices = self._check_last_holder()
+            notices = self._check_last_holder(descriptor)
         except BaseException:
             lock.give_back(descriptor, self._lock_path, delete=False)
             raise
@@ -97,6 +98,8 @@ class RunFolder:
                 "pid": os.getpid(),
                 "started": _process_start(os.getpid()),
                 "job": os.environ.get("SLURM_JOB_ID"),
+                "boot": lock.boot_id(),
+                "at": time.time(),
             }
             text = json.dumps(me).encode()
             os.ftruncate(descriptor, 0)
@@ -114,8 +117,12 @@ class RunFolder:
             return None
         return holder if isinstance(holder, dict) else None
 
-    def _check_last_holder(self) -> list[str]:
-        """What the file says counts too: the kernel's lock may not reach other hosts, or not exist on this disk."""
+    def _check_last_holder(self, descriptor: int) -> list[str]:
+        """What the file says counts too: the kernel's lock may not reach other hosts, or not exist on this disk.
+
+        Where the last holder lived under this same kernel, its lock is told by the kernel alone: a container that is
+        started again has another host name.
+        """
         if self._lock_path.stat().st_size == 0:
             return []
         holder = self._holder()
@@ -123,12 +130,20 @@ class RunFolder:
             return ["took over an unreadable lock"]
         host, pid, job = holder.get("host", "?"), holder.get("pid"), holder.get("job")
         same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")  # requeued: its last life is over
-        if host not in ("?", socket.gethostname()) and not same_job and not job_has_ended(job):
+        boot, ours = holder.get("boot"), lock.boot_id()
+        known = boot is not None and ours is not None
+        here = host == socket.gethostname()
+        elsewhere = host != "?" and not here
+        if known and boot == ours and lock.is_locked(descriptor):
+            elsewhere = False  # it was ours to take, so whoever had it is gone
+        elif known and boot != ours and here:
+            # this machine before it was started anew; or one of the same name, that has locked it since
+            here, elsewhere = False, _number(holder.get("at")) > lock.booted_at_s() > 0
+        if elsewhere and not same_job and not job_has_ended(job):
             raise ConfigError(
                 f"run folder {self.path} is locked by pid {pid} on {host} (job {job}); if that run is "
                 f"gone, delete {self._lock_path}"
             )
-        here = host == socket.gethostname()
         if here and pid is not None and _process_start(pid) == holder.get("started") is not None:
             raise ConfigError(f"run folder {self.path} is in use by pid {pid} on {host}; wait for it or use --run-dir")
         return [f"took over the lock of pid {pid} on {host}, which is gone"]
@@ -249,6 +264,10 @@ class RunFolder:
             write_whole(self.summary_path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise storage_error("write", self.summary_path, error) from None
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _process_start(pid: int) -> str | None:
