@@ -1,4 +1,4 @@
-"""The lock of a run folder among containers, which share a kernel but no host name, and machines, which may share one."""
+"""The lock of a run folder among containers of one kernel, which have names of their own, and among machines."""
 
 import errno
 import json
