@@ -16,7 +16,8 @@ import signal
 def main() -> int:
     """Run the command line and return the exit code."""
     # a Ctrl-C during imports just ends the process: caught there, it can leave modules half imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(ValueError):  # no main thread, so no handlers
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from fedfreeze.cli import main as run
 
     code = run()

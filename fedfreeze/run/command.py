@@ -5,8 +5,9 @@ import os
 import signal
 from pathlib import Path
 
-from fedfreeze.comm.launcher import launch_here
+from fedfreeze.comm.launcher import Launch, launch_here
 from fedfreeze.comm.local_ranks import interrupt_once, run_local_ranks
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.config.command_line import Commands, add_config_command, positive
 from fedfreeze.config.schema import Config
 from fedfreeze.errors import ExitCode
@@ -34,9 +35,14 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     try:
         from fedfreeze.run.session import note_exit_code, run_rank  # here: a mistake is told without importing torch
 
-        signal.signal(signal.SIGINT, interrupt_once())
+        set_handler(signal.SIGINT, interrupt_once())
         if nproc > 1:
-            code = run_local_ranks(nproc, lambda local: run_rank(config, run_dir, local, preemption))
+
+            def local_rank(local: Launch) -> int:
+                preemption.install()  # in its own main thread, which a thread of the parent's may have forked
+                return run_rank(config, run_dir, local, preemption)
+
+            code = run_local_ranks(nproc, local_rank)
             note_exit_code(run_dir, code)
             return code
         return run_rank(config, run_dir, launch, preemption)

@@ -3,6 +3,7 @@
 import argparse
 import signal
 
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.config.command_line import Commands, add_run_folders_command
 
 
@@ -32,7 +33,7 @@ def add_command(commands: Commands) -> None:
 def _sync(folders: list[str], options: argparse.Namespace) -> int:
     from fedfreeze.track.sync import sync
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_handler(signal.SIGINT, signal.default_int_handler)
     return sync(
         folders,
         offline=options.offline,
