@@ -1,10 +1,15 @@
 """Classes and functions of the user's own, named `package.module:Name` in the configuration."""
 
+import ast
+import contextlib
+import hashlib
 import importlib
+import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,6 +119,98 @@ def own_code(key: str, name: str) -> Iterator[None]:
         if not is_own(name):
             raise
         raise ConfigError(f"{key}: {name} raised {told(error)}") from None
+
+
+def code_digests(names: Iterable[str | None]) -> dict[str, str]:
+    """Return a digest of each source file that the named objects (package.module:Name) are made of, by module. [ours]
+
+    These are the files of the named modules and of what they import, in turn, from the user's own folders: not of
+    Python, of fedfreeze or of installed packages, but of a named module that is installed, its whole package. The
+    imports are read, not run; one by a name that is computed is not found. Copies have the same digests wherever they
+    lie. The modules must have been imported (`load_own`).
+    """
+    roots = {name.partition(":")[0] for name in names if name is not None and is_own(name)}
+    found: dict[str, str] = {}
+    waiting = sorted(roots)
+    while waiting:
+        name = waiting.pop()
+        file = _file_of(name)
+        if name in found or not (name in roots or (file is not None and _is_users(file))):
+            continue
+        try:
+            content = file.read_bytes() if file is not None else None
+        except OSError:
+            content = None
+        if file is None or content is None:
+            found[name] = "no source"
+            continue
+        found[name] = hashlib.sha256(content).hexdigest()[:16]
+        if not _is_users(file):
+            found |= _package_digests(name, file)
+            continue
+        with contextlib.suppress(SyntaxError, ValueError):  # no source text of Python
+            waiting += _imported(ast.parse(content), name, is_package=file.name == "__init__.py")
+        waiting += [name.rsplit(".", number)[0] for number in range(1, name.count(".") + 1)]  # imported before it
+    return dict(sorted(found.items()))
+
+
+def _file_of(name: str) -> Path | None:
+    """Return the file of a module that is imported or could be; None if there is none."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is not None:
+        return Path(file)
+    top, _, rest = name.partition(".")
+    if top in sys.stdlib_module_names:
+        return None
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if spec is None or not rest:
+        return None if spec is None or not spec.has_location else Path(str(spec.origin))
+    places = (_source(Path(place, *rest.split("."))) for place in spec.submodule_search_locations or ())
+    return next((place for place in places if place is not None), None)
+
+
+def _is_users(file: Path) -> bool:
+    """Tell whether a file is of the user's own: not of Python, an installed package or fedfreeze."""
+    file = file.resolve()
+    python = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
+    if {"site-packages", "dist-packages"} & set(file.parts):
+        return False
+    return not any(file.is_relative_to(place) for place in (*python, Path(__file__).resolve().parent))
+
+
+def _package_digests(name: str, file: Path) -> dict[str, str]:
+    """Return the digests of all modules of the installed package that a module is part of."""
+    depth = name.count(".") + (file.name == "__init__.py")
+    if depth == 0:
+        return {}
+    top = file.parents[depth - 1]
+    modules = {path.relative_to(top.parent).with_suffix("").as_posix(): path for path in sorted(top.rglob("*.py"))}
+    return {
+        module.removesuffix("/__init__").replace("/", "."): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for module, path in modules.items()
+    }
+
+
+def _imported(tree: ast.AST, importer: str, *, is_package: bool) -> list[str]:
+    """Return the names that a source text may import as modules, absolute, wherever in it."""
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [node.module] if node.module else []
+            if node.level:
+                package = importer.split(".") if is_package else importer.split(".")[:-1]
+                base = package[: len(package) - (node.level - 1)] + base
+            names += [".".join(base), *(".".join([*base, alias.name]) for alias in node.names)]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                names.append(node.args[0].value)
+    return [name for name in names if name]
 
 
 def told(error: BaseException) -> str:
