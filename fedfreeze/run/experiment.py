@@ -167,7 +167,7 @@ class Experiment:
             if change["round"] == self.coordinator.round:
                 changed = ", ".join(change["modules"])
                 self.reporter.notice(
-                    f"your own code has changed since round {change['round']} ({changed}): the run goes on with it, and "
+                    f"your own code has changed since round {change['round']} ({changed}): the run goes on with it; "
                     "summary.json (code_changes) and compare say so"
                 )
         if found is not None and self.folder.metrics_bytes() < found.state["metrics_bytes"]:
