@@ -1,6 +1,8 @@
 """fedfreeze: federated learning under enforced memory caps, emulated on PyTorch distributed."""
 
-from typing import TYPE_CHECKING
+# As type checkers know it from `typing`, which is not imported here: this file is read before __main__.py has put the
+# search path right, and a user may have a typing.py.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,15 +1,23 @@
 """`python -m fedfreeze`, and what the console script calls."""
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `python -m` searches the working folder before anything else, so that a user's datasets.py or random.py would
+    # stand for the package of that name; the console script does not. Modules of the user's own are found last, by
+    # plugins.py.
+    del sys.path[0]
+
 import contextlib
 import os
 import signal
-import sys
 
 
 def main() -> int:
     """Run the command line and return the exit code."""
     # a Ctrl-C during imports just ends the process: caught there, it can leave modules half imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(ValueError):  # no main thread, so no handlers
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from fedfreeze.cli import main as run
 
     code = run()

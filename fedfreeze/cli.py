@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import fedfreeze
 from fedfreeze.comm.launcher import speaks_for_all
+from fedfreeze.comm.signals import handler_kept, set_handler
 from fedfreeze.compare import command as compare
 from fedfreeze.data import command as fetch
 from fedfreeze.doctor import command as doctor
@@ -22,11 +24,31 @@ from fedfreeze.track import command as sync
 # In the order of `fedfreeze --help`.
 _COMMANDS = (run, plan, fetch, doctor, compare, sync)
 
+_ALONE = threading.RLock()
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code. A user's mistake is one line on stderr."""
-    # a Ctrl-C during imports just ends the process: caught there, it can leave modules half imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Run the command line and return the exit code. A user's mistake is one line on stderr.
+
+    With `arguments` it can be called from Python, from any thread: handlers of signals are those of before when it
+    returns, and in a thread that is not the main one none are set. Of several threads one runs at a time, as torch's
+    global generator is one for all.
+    """
+    if arguments is None:
+        # a Ctrl-C during imports just ends the process: caught there, it can leave modules half imported
+        set_handler(signal.SIGINT, signal.SIG_DFL)
+        return _run(None)
+    if not _ALONE.acquire(blocking=False):
+        print("fedfreeze: notice: another thread of this process is at work: waiting for it", file=sys.stderr)
+        _ALONE.acquire()
+    try:
+        with handler_kept(signal.SIGINT):
+            return _run(arguments)
+    finally:
+        _ALONE.release()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:

@@ -17,7 +17,7 @@ read_arguments() {
   [ "${RANKS:-1}" -ge 1 ] || usage_error "RANKS is '$RANKS', the least is 1"
   CONFIG=$1
   shift
-  RUN_DIR=$(run_dir_of "$CONFIG" "$@")
+  local given=("$@")
   OVERRIDES=()
   while [ $# -gt 0 ]; do
     case $1 in
@@ -32,11 +32,15 @@ read_arguments() {
     PYTHON=python
     [ ! -x "$FEDFREEZE_HOME/.venv/bin/python" ] || PYTHON=$FEDFREEZE_HOME/.venv/bin/python
   fi
-  if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("fedfreeze"))' 2> /dev/null; then
+  # -P: a user's types.py in this folder is not Python's own
+  if ! "$PYTHON" -P -c 'import sys, os, importlib.util as u; sys.path.append(os.getcwd())
+sys.exit(not u.find_spec("fedfreeze"))' 2> /dev/null; then
     echo "fedfreeze: error: $PYTHON has no fedfreeze; run bash launch/quickstart.sh once, activate your environment" \
       "or set PYTHON=..." >&2
     exit 69
   fi
+  # the program alone knows: by its name in the file, the file's own, or an override
+  RUN_DIR=$("$PYTHON" -m fedfreeze run "$CONFIG" --show-run-dir "${given[@]}") || exit
 }
 
 gpus_or_two() {

@@ -26,8 +26,8 @@ case $version in
   *"Open MPI"* | *OpenRTE* | *PRTE*)
     [ "${OVERSUBSCRIBE:-0}" != 1 ] || options+=(--oversubscribe)
     # other machines start with a fresh environment
-    for name in PATH OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_; do
-      options+=(-x "$name")
+    for name in PATH OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_ PYTHONSAFEPATH; do
+      [ -z "${!name:-}" ] || options+=(-x "$name")
     done
     ;;
   *HYDRA* | *MPICH* | *Intel*) ;; # both pass the environment on and take any number of ranks

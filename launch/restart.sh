@@ -1,6 +1,5 @@
 # Sourced by the launch and SLURM scripts: the command of a run, started again when a rank was lost, told of signals.
 #
-#   run_dir_of CONFIG [OPTIONS]           print the run folder that `fedfreeze run CONFIG OPTIONS` would use
 #   run_until_done RUN_DIR COMMAND...     start COMMAND; return the exit code of the run (`fedfreeze --help` lists them)
 #
 # MAX_RESTARTS  how many times a run that lost a rank is started again (default: 3)
@@ -12,27 +11,6 @@ ASKED_TO_END="" # the signal by which somebody asked for the end
 SIGNALLED=""
 
 say() { printf 'fedfreeze: %s\n' "$*"; }
-
-# The program's own rule: --run-dir, else runs/NAME; NAME is the last --name, else that of the file, else `run`.
-run_dir_of() {
-  local config=$1 name="" folder="" file
-  shift
-  for file in "$config" "$FEDFREEZE_HOME/fedfreeze/experiments/$config.yaml"; do
-    [ -f "$file" ] || continue
-    name=$(sed -nE "s/^name: *[\"']?([^\"'#]*[^\"'# ]).*/\1/p" "$file" | tail -n 1)
-    break
-  done
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --name=*) name=${1#*=} ;;
-      --run-dir=*) folder=${1#*=} ;;
-      --name) name=${2:-} ;;
-      --run-dir) folder=${2:-} ;;
-    esac
-    shift
-  done
-  printf '%s\n' "${folder:-runs/${name:-run}}"
-}
 
 run_until_done() {
   local run_dir=$1 limit=${MAX_RESTARTS:-3} restarts=0 before code=0

@@ -19,6 +19,10 @@ export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
 # Python writes its lines when they are said, not when 8 KiB have come together: the log of a job shows where it is.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 
+# `python -m` searches the working folder first, so that a file types.py there would stand for Python's own. Not where
+# fedfreeze itself is to be found there.
+[ -e fedfreeze/__main__.py ] || export PYTHONSAFEPATH="${PYTHONSAFEPATH-1}"
+
 # The network between nodes is the site's: torch takes the interface to which the host's name resolves. Where that is
 # the wrong one (ranks wait at the start, or the slow network is used), name it in the marked block of your script:
 #   export GLOO_SOCKET_IFNAME=ib0        # CPU ranks, and where ranks share a GPU

@@ -24,5 +24,6 @@ tell_run() { # to the ranks: torchrun passes on SIGTERM and SIGINT only
 }
 
 # --max-restarts=0: a restart of torchrun keeps the agents, their ports and their stale addresses; ours starts all anew
-run_until_done "$RUN_DIR" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$RANKS" --max-restarts=0 \
-  -m fedfreeze run "$CONFIG" --run-dir "$RUN_DIR" "${OVERRIDES[@]}"
+# -P: a user's random.py in this folder is not Python's own
+run_until_done "$RUN_DIR" "$PYTHON" -P -m torch.distributed.run --standalone --nproc-per-node="$RANKS" \
+  --max-restarts=0 -m fedfreeze run "$CONFIG" --run-dir "$RUN_DIR" "${OVERRIDES[@]}"

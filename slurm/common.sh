@@ -54,7 +54,9 @@ begin() {
   fi
   [[ $MAX_REQUEUES =~ ^[0-9]+$ ]] || refuse "MAX_REQUEUES is '$MAX_REQUEUES'; it must be a number, 0 or more"
   shift
-  RUN_DIR=${RUN_DIR:-$(run_dir_of "$config" "$@")}
+  # the program alone knows: by the name in the file, the file's own, or an override
+  # shellcheck disable=SC2086 # CONTAINER is words
+  [ -n "${RUN_DIR:-}" ] || RUN_DIR=$($CONTAINER "$PYTHON" -m fedfreeze run "$config" --show-run-dir "$@") || exit
   while [ $# -gt 0 ]; do # RUN_DIR stands for --run-dir
     case $1 in
       --run-dir=*) ;;

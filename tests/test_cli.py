@@ -11,6 +11,7 @@ import pytest
 
 from fedfreeze.cli import main
 from fedfreeze.errors import ExitCode
+from tests.support.checks import ROOT
 from tests.support.launching import ENVIRONMENT, command, metrics, run, summary, write_config
 
 BAD_CONFIGURATIONS = {
@@ -183,8 +184,15 @@ def test_a_device_that_cannot_learn_is_left_out_and_logged(tmp_path: Path, capfd
     assert summary(tmp_path / "wild")["final_accuracy"] is not None
 
 
-def test_python_m_fedfreeze_says_its_version() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fedfreeze", "--version"], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert result.stdout.startswith("fedfreeze ")
+@pytest.mark.parametrize("program", [["-m", "fedfreeze"], ["-u", "-m", "fedfreeze"], ["-P", "-m", "fedfreeze"]])
+def test_files_of_the_working_folder_do_not_stand_for_packages(program: list[str], tmp_path: Path) -> None:
+    """Nor for modules of Python; but fedfreeze itself may lie there."""
+    for name in ("typing", "signal", "random", "select", "json", "yaml", "pydantic", "numpy", "torch", "datasets"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('the user's {name}')\n")
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    if "-P" not in program:  # as in a checkout that is not installed
+        (tmp_path / "fedfreeze").symlink_to(ROOT / "fedfreeze")
+        del environment["PYTHONPATH"]
+    asked = [sys.executable, *program, "run", "digits", "--show-run-dir"]
+    result = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "runs/digits\n", "")

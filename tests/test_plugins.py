@@ -1,6 +1,7 @@
 """Networks, selectors, policies, methods and splits of the user's own that are wrong: one line each."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,29 @@ FACTORIES = {
     ),
 }
 
+
+def hidden(name: str, *says: str, file: str | None = None, section: str = "model", key: str = "factory") -> Bad:
+    """Return a case of a module of the user's own, in `file`, that is called like one that is found before it."""
+    file = file or f"{name.replace('.', '/')}.py"
+    owned = {"model": {"split": ["a"]}} if section == "model" else {}
+    sections = {**owned, section: {**owned.get(section, {}), key: f"{name}:make"}}
+    return Bad((f"{section}.{key}: {name} is ", file, *says), sections=sections, files={file: TINY})
+
+
+HIDDEN = {
+    "factory: called like a package": hidden("datasets", "datasets/__init__.py, which is found before your own"),
+    "factory: called like a module of Python": hidden("random", "random.py, which is found before your own"),
+    "factory: called like a part of Python": hidden("time", "a part of Python, which is found before your own"),
+    "factory: below a folder called like a package": hidden("yaml.nets", "yaml/__init__.py, which is found before"),
+    "factory: a package called like a package": hidden("yaml", "found before", file="yaml/__init__.py"),
+    "selector: called like a module of Python": hidden("secrets", "found before", section="select", key="name"),
+    "factory: imports what a package hides": Bad(
+        ("model.factory: mine imports yaml.own is ", "yaml/__init__.py, which is found before your own", "yaml/own.py"),
+        sections=own("")["sections"],
+        files={"mine.py": "import yaml.own\n", "yaml/own.py": ""},
+    ),
+}
+
 SELECTOR = """
 from fedfreeze.select import Selector
 class Own(Selector):
@@ -304,7 +328,7 @@ LATE = {
     ),
 }
 
-BEFORE = SPLITS | FACTORIES | PLUGINS
+BEFORE = SPLITS | FACTORIES | PLUGINS | HIDDEN
 
 
 @pytest.mark.parametrize("name", BEFORE)
@@ -342,12 +366,25 @@ def test_what_torch_logs_of_fake_tensors_is_not_told(tmp_path: Path) -> None:
 def test_a_factory_may_convert_its_network(tmp_path: Path) -> None:
     """No bad input, so no error. By a launch: in a process that has made other networks it works now and then."""
     body = "return tiny(num_classes, in_channels, image_size).float()"
+    for name in ("datasets", "random", "torch", "sklearn", "safetensors", "rich"):  # nor do the files beside it matter
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('the user's {name}')\n")
     (tmp_path / "mine.py").write_text(TINY + f"\ndef make(num_classes, in_channels, image_size):\n    {body}\n")
     write_config(tmp_path, **own("", model={"factory": "mine:make", "split": ["a"]})["sections"])
     command = [sys.executable, "-m", "fedfreeze", "run", "small.yaml", "--run-dir", "run"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     note("(no bad input) factory: .float()", "--model.factory=mine:make", done.returncode, done.stderr)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_copy_of_an_installed_module_is_not_hidden_by_it(tmp_path: Path) -> None:
+    import yaml
+
+    shutil.copytree(Path(yaml.__file__).parent, tmp_path / "yaml", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    sections = own("")["sections"] | {"model": {"factory": "yaml:SafeLoader", "split": ["a"]}}
+    outcome = run_case(Bad((), sections=sections), tmp_path)
+    assert "found before" not in outcome.err
+    (tmp_path / "yaml" / "nodes.py").write_text("")
+    assert "yaml/__init__.py, which is found before your own" in run_case(Bad((), sections=sections), tmp_path).err
 
 
 def test_options_that_are_no_number_do_not_lock_the_run_out(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import current_process, get_context
 from multiprocessing.process import BaseProcess
 
 from fedfreeze.comm.launcher import Launch
-from fedfreeze.errors import ExitCode, FedfreezeError
+from fedfreeze.comm.signals import set_handler
+from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError
 
 # How long surviving local ranks may take to notice a lost one and leave by themselves.
 _GRACE_S = 10.0
@@ -44,7 +46,14 @@ def run_local_ranks(world_size: int, rank_main: Callable[[Launch], int]) -> int:
 
     Ranks are forked from this process, which has imported torch already but started no thread and no CUDA context; so
     their start costs milliseconds instead of an import each. They die with their parent, however it dies.
+
+    Raises ConfigError in a process that may start no others.
     """
+    if current_process().daemon:
+        raise ConfigError(
+            f"--nproc {world_size} in a daemonic process, such as a worker of multiprocessing.Pool: Python lets it "
+            "start no others; leave --nproc out there, or start fedfreeze by subprocess"
+        )
     with tempfile.TemporaryDirectory(prefix="fedfreeze-") as folder:
         store_file = f"{folder}/store"
         fork = get_context("fork")
@@ -59,11 +68,21 @@ def run_local_ranks(world_size: int, rank_main: Callable[[Launch], int]) -> int:
             process = fork.Process(target=_local_rank, args=(launch, rank_main, parent, before), name=f"rank{rank}")
             process.start()
             ranks.append(process)
-        return _wait(ranks, before)
+        handlers = {number: set_handler(number, partial(_passed_on, ranks)) for number in _PASSED_ON}
+        try:
+            return _wait(ranks, before)
+        finally:
+            for number, handler in handlers.items():
+                if handler is not None:
+                    set_handler(number, handler)
 
 
 def _local_rank(launch: Launch, rank_main: Callable[[Launch], int], parent: int, unblocked: set[int]) -> None:
     die_with_parent(parent)
+    # this thread is the main one now, whichever it was in the parent: no event loop of the parent's is to hear of our
+    # signals, and no handler of its own to take them
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, interrupt_once())
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         code = rank_main(launch)
@@ -88,8 +107,6 @@ def _wait(ranks: list[BaseProcess], unblocked: set[int]) -> int:
     deadline = None
     interrupted = killed_by_us = False
     masked = True
-    for number in _PASSED_ON:
-        signal.signal(number, lambda number, frame: _tell(ranks, number))
     while any(rank.is_alive() for rank in ranks):
         try:
             if masked:
@@ -121,6 +138,10 @@ def _wait(ranks: list[BaseProcess], unblocked: set[int]) -> int:
     told = [exitcode for exitcode in failed if exitcode != ExitCode.RANK_LOST]
     code = (told or failed or [0])[0]
     return ExitCode.RANK_LOST if code < 0 else code
+
+
+def _passed_on(ranks: list[BaseProcess], number: int, frame: object) -> None:
+    _tell(ranks, number)
 
 
 def _tell(ranks: list[BaseProcess], number: int) -> None:

@@ -4,6 +4,7 @@ import argparse
 import signal
 from pathlib import Path
 
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.config.command_line import Commands, add_run_folders_command
 from fedfreeze.errors import ExitCode
 
@@ -36,7 +37,7 @@ def add_command(commands: Commands) -> None:
 def _compare(folders: list[str], options: argparse.Namespace) -> int:
     from fedfreeze.compare.program import compare
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_handler(signal.SIGINT, signal.default_int_handler)
     compare(folders, target_accuracy=options.target, out=options.out, style=options.style)
     return ExitCode.DONE
 

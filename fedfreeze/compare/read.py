@@ -1,6 +1,7 @@
 """Reads the folder of a run: config.yaml, metrics.jsonl (the truth), summary.json and partition.csv."""
 
 import csv
+import hashlib
 import io
 import json
 from dataclasses import dataclass, field
@@ -52,6 +53,15 @@ class StageRecord:
 
 
 @checked(frozen=True, kw_only=True, config=_STRICT)
+class CodeChange:
+    """That the user's own code was another one until a round."""
+
+    round: Count
+    modules: list[str]
+    before: dict[str, str]
+
+
+@checked(frozen=True, kw_only=True, config=_STRICT)
 class Summary:
     """What is taken from summary.json: what metrics.jsonl does not say."""
 
@@ -67,6 +77,9 @@ class Summary:
     device: str | None = None
     cap_enforcement: str | None = None
     git_revision: str | None = None
+    own_code: dict[str, str] | None = None
+    """Digests of the user's own code by module; None: of a revision that did not note them."""
+    code_changes: list[CodeChange] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
 
 
@@ -112,14 +125,30 @@ def read_run(path: Path) -> Run:
     _check_run_folder(path)
     config = _read_config(path / "config.yaml")
     summary = _read_summary(path / "summary.json")
+    if any(":" in str(config.get(key)) for key in ("model.factory", "method.name", "select.name", "pace.policy")):
+        config["own_code"] = _code_of(summary)
     rounds, stages, notices = _read_metrics(path / "metrics.jsonl", summary)
     devices, classes = _read_devices(path / "partition.csv", config["fleet.devices"], rounds, notices)
     _check_devices(path / "metrics.jsonl", rounds, len(devices))
     if summary.status != "finished":
         count = f"{len(rounds)} round{'s' * (len(rounds) > 1)}"
         notices.append(f"{path} is not finished (status {summary.status}): compared as far as it went, {count}")
+    for change in summary.code_changes:
+        notices.append(f"{path}: its own code changed after round {change.round} ({', '.join(change.modules)})")
     num_classes = summary.num_classes or classes
     return Run(path, config, tuple(rounds), tuple(stages), summary, devices, num_classes, tuple(notices))
+
+
+def _code_of(summary: Summary) -> str:
+    """Return what is the same for two runs exactly if their users' code was, all along."""
+    if summary.own_code is None:
+        return "unknown"
+    before = [f"{_digest(change.before)} until round {change.round}" for change in summary.code_changes]
+    return ", then ".join([*before, _digest(summary.own_code)])
+
+
+def _digest(code: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _check_run_folder(path: Path) -> None:

@@ -3,7 +3,8 @@
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+import fedfreeze
 from fedfreeze.config.schema import RESUME_MAY_DIFFER, WHERE_DATA_LIES, Config
 from fedfreeze.errors import ConfigError, one_line
 
 _SECTIONS = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
 _MOST_VALUES = 2_000_000  # in one key; a list of caps may have a value for each of a million devices
 _TOP_LEVEL = [field.name for field in fields(Config)]
+_WRITTEN_BY = "# written by fedfreeze"
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,12 +66,15 @@ def load_config(source: str | None, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError, on one line, for anything that is not exactly a configuration.
     """
     values: dict[str, Any] = {}
+    path = None
     if source is not None:
-        values = read_yaml(_find(source))
+        path = _find(source)
+        values = read_yaml(path)
         values.setdefault("name", Path(source).stem)
     for override in overrides:
         _apply_override(values, override)
-    return make_config(values)
+    with told_of_writer(path):
+        return make_config(values)
 
 
 def make_config(values: dict[str, Any]) -> Config:
@@ -98,6 +104,58 @@ def config_values(config: Config) -> dict[str, Any]:
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML that `load_config` reads back to the same values."""
     return yaml.dump(config_values(config), Dumper=_Dumper, sort_keys=False)
+
+
+def written_config(config: Config) -> str:
+    """Return the text of a config.yaml: the configuration, and which version wrote it, as a comment."""
+    return f"{_WRITTEN_BY} {fedfreeze.__version__}\n{dump_config(config)}"
+
+
+def writer_of(path: Path) -> str | None:
+    """Return the version of fedfreeze that wrote a config.yaml; None if it does not say, as an older one."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = file.readline(200)
+    except OSError:
+        return None
+    found = re.fullmatch(rf"{_WRITTEN_BY} ([0-9A-Za-z.+!-]+)\s*", first)
+    return found[1] if found else None
+
+
+@contextmanager
+def told_of_writer(path: Path | None) -> Iterator[None]:
+    """Have an error over an unknown key say which other version wrote the file, if one did. Raises ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        writer = writer_of(path) if path is not None and str(error).startswith("unknown ") else None
+        if writer is None or writer == fedfreeze.__version__:
+            raise
+        raise ConfigError(
+            f"{error}; {path} was written by fedfreeze {writer}, this is {fedfreeze.__version__}"
+        ) from None
+
+
+def filled_up(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the values of another version's config.yaml, with this one's default for each key that it lacks.
+
+    Beside them, by their dotted names: the keys that it lacked, with the defaults, and those that are not known here.
+    """
+    filled: dict[str, Any] = {}
+    missing: dict[str, Any] = {}
+    unknown = {name: value for name, value in values.items() if name not in _TOP_LEVEL}
+    for name, default in config_values(Config()).items():
+        given = values.get(name)
+        if isinstance(default, dict) and (given is None or isinstance(given, dict)):
+            given = given or {}
+            filled[name] = default | given
+            missing |= {f"{name}.{key}": value for key, value in default.items() if key not in given}
+            unknown |= {f"{name}.{key}": value for key, value in given.items() if key not in default}
+        elif name in values:
+            filled[name] = given
+        else:
+            filled[name] = missing[name] = default
+    return filled, missing, unknown
 
 
 def config_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -340,14 +340,14 @@ class TrackConfig:
 
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases, by rank 0; the variable WANDB_MODE can only make it quieter."""
-    project: str = "fedfreeze"
-    """Project of the run."""
+    project: str | None = None
+    """Project of the run; none: the variable WANDB_PROJECT, else `fedfreeze`."""
     entity: str | None = None
-    """User or team that owns the project; none: the default of whoever is logged in."""
+    """User or team that owns the project; none: WANDB_ENTITY, else the default of whoever is logged in."""
     group: str | None = None
-    """Group that ties several runs together, such as the seeds of one setting."""
+    """Group that ties several runs together, such as the seeds of one setting; none: WANDB_RUN_GROUP, else none."""
     tags: list[str] = Field(default_factory=list)
-    """Tags of the run."""
+    """Tags of the run; empty: those in WANDB_TAGS, with commas between them, else none."""
     dir: str | None = None
     """Folder in which wandb writes, such as a node's own disk; none: the run folder."""
     artifact: bool = False

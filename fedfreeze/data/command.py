@@ -3,6 +3,7 @@
 import argparse
 import signal
 
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.config.command_line import Commands, add_config_command
 from fedfreeze.config.schema import Config
 from fedfreeze.errors import ExitCode
@@ -22,7 +23,7 @@ def add_command(commands: Commands) -> None:
 def _fetch(config: Config, options: argparse.Namespace) -> int:
     from fedfreeze.data.store import open_store, prepare
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_handler(signal.SIGINT, signal.default_int_handler)
     folder = prepare(config.data)
     data = open_store(folder)
     size = "x".join(str(length) for length in data.image_shape)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedfreeze.comm.launcher import launch_here
 from fedfreeze.comm.local_ranks import interrupt_once, run_local_ranks
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.config.command_line import Commands, add_config_command, positive
 from fedfreeze.config.schema import Config
 
@@ -33,7 +34,7 @@ def _doctor(config: Config, options: argparse.Namespace) -> int:
 
     run_dir = Path(options.run_dir or Path("runs") / config.name)
     request = Request(config, run_dir, options.config is not None, options.ranks, options.json)
-    signal.signal(signal.SIGINT, interrupt_once())
+    set_handler(signal.SIGINT, interrupt_once())
     if nproc > 1:
         return run_local_ranks(nproc, lambda local: run_doctor(request, local))
     return run_doctor(request, launch)

@@ -16,6 +16,7 @@ import torch
 from fedfreeze.comm.launcher import Launch
 from fedfreeze.comm.mpi_transport import launch_by_mpi, load_mpi
 from fedfreeze.comm.ranks import Ranks
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.compute import choose_device, torch_threads
 from fedfreeze.config.schema import Config
 from fedfreeze.doctor import judge, probes
@@ -72,7 +73,7 @@ def _told(doctor: "Doctor") -> int:
             _say(f"error: {one_line(error)}")
         return error.exit_code
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the way out
+        set_handler(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the way out
         return ExitCode.INTERRUPTED
     except Exception:
         where = f"rank {doctor.launch.rank} on {socket.gethostname()}"

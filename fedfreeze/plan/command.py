@@ -4,6 +4,7 @@ import argparse
 import signal
 from pathlib import Path
 
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.config.command_line import Commands, add_config_command
 from fedfreeze.config.schema import Config
 from fedfreeze.errors import ConfigError, ExitCode
@@ -39,7 +40,7 @@ def _plan(config: Config, options: argparse.Namespace) -> int:
         raise ConfigError("--calibrate and --cut are two questions; ask one at a time")
     from fedfreeze.plan.table import plan, plan_calibrated, plan_cut
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_handler(signal.SIGINT, signal.default_int_handler)
     if options.calibrate:
         plan_calibrated(config, as_json=options.json)
     elif options.cut:

@@ -1,6 +1,7 @@
 """Loads the deployed network of a finished run."""
 
 import json
+import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,6 +13,7 @@ from fedfreeze.errors import DataError, one_line
 from fedfreeze.methods import make_method, method_class
 from fedfreeze.network.blocks import build_network
 from fedfreeze.network.flat import load_named_once
+from fedfreeze.plugins import code_digests
 
 
 def load_model(run_dir: str | Path) -> nn.Module:
@@ -29,6 +31,9 @@ def load_model(run_dir: str | Path) -> nn.Module:
     model = method_class(config).network(config.model, fitted)
     blocked = build_network(model, (channels, height, width), summary["num_classes"], config.seed)
     network = make_method(config, blocked, fitted).deployed(summary["deployed_stage"])
+    known, now = summary.get("own_code"), code_digests([config.model.factory, config.method.name])
+    if known is not None and any(known.get(module) != digest for module, digest in now.items()):
+        warnings.warn(f"your own code has changed since {folder} was run (summary.json: own_code)", stacklevel=3)
     try:
         load_named_once(network, load_file(folder / "model.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:

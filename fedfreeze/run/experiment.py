@@ -29,7 +29,7 @@ from fedfreeze.methods import Method, make_method, method_class
 from fedfreeze.methods.aggregate import device_weight
 from fedfreeze.network.blocks import build_network
 from fedfreeze.network.flat import named_once
-from fedfreeze.plugins import own_code
+from fedfreeze.plugins import code_digests, own_code
 from fedfreeze.run.history import History
 from fedfreeze.run.preempt import Preemption
 from fedfreeze.run.reporter import Reporter
@@ -176,11 +176,20 @@ class Experiment:
         assert self.coordinator is not None
         assert self.history is not None
         self._check_data()
+        model, pace, select = self.config.model, self.config.pace, self.config.select
+        self.history.note_code(code_digests([model.factory, self.config.method.name, select.name, pace.policy]))
         found = self.checkpoints.load_newest(self._restore)
         self.folder.claim(self.config)
         self.folder.write_data(self._data_facts())
         caps = [None if cap is None else cap / MIB for cap in self.coordinator.fleet.memory_cap_bytes]
         self.folder.write_partition(summarise(self.parts, self.data).csv(caps))
+        for change in self.history.code_changes[-1:]:
+            if change["round"] == self.coordinator.round:
+                changed = ", ".join(change["modules"])
+                self.reporter.notice(
+                    f"your own code has changed since round {change['round']} ({changed}): the run goes on with it; "
+                    "summary.json (code_changes) and compare say so"
+                )
         if found is not None and self.folder.metrics_bytes() < found.state["metrics_bytes"]:
             self.reporter.notice(f"{self.folder.metrics_path} is shorter than it was: lines are missing in it")
         if self.folder.forget_stop():
@@ -206,7 +215,7 @@ class Experiment:
         for name, tensor in ours.items():
             tensor.copy_(found.tensors[name])
         self.coordinator.load_state_dict(found.state["coordinator"])
-        self.history.load_state_dict(found.state["history"])
+        self.history.load_state_dict(found.state["history"], self.coordinator.round)
         self.preemption.remember(found.state.get("round_s", 0.0))
         self.window.clear()
         for number, update in found.updates:

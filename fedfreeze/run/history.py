@@ -50,6 +50,8 @@ class History:
             "git_revision": git_revision(),
             "versions": versions(),
         }
+        self.code: dict[str, str] = {}
+        self.code_changes: list[dict[str, Any]] = []
         self.accuracy: float | None = None
         self.best_accuracy: float | None = None
         self.stages: list[dict[str, Any]] = []
@@ -69,10 +71,24 @@ class History:
         """Have the run tracked as `track` says. Raises UnavailableError where wandb is asked for and missing."""
         self.tracker = make_tracker(self.config, self.folder.path, notice)
 
+    def note_code(self, code: dict[str, str]) -> None:
+        """Note the digests of the user's own code, by module, before a checkpoint is loaded."""
+        self.code = code
+
+    def _code_changed(self, before: dict[str, str], round_number: int) -> None:
+        parts = [
+            name if name in before and name in self.code else f"{name} ({'new' if name in self.code else 'gone'})"
+            for name in sorted(before.keys() | self.code.keys())
+            if before.get(name) != self.code.get(name)
+        ]
+        if parts:
+            self.code_changes.append({"round": round_number, "modules": parts, "before": before})
+
     def run_start(self, coordinator: Coordinator) -> None:
         """Note that a run starts or goes on."""
         self.begun = True
         self.facts["wandb_id"] = self.tracker.choose_id()
+        self.facts |= {"own_code": self.code, "code_changes": self.code_changes}
         self.folder.append_metrics(
             {
                 "kind": "run_start",
@@ -218,10 +234,14 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must go on counting."""
         names = ("accuracy", "best_accuracy", "stages", "stage_peak_bytes", "wall_s")
-        return {name: getattr(self, name) for name in names} | {"tracker": self.tracker.state_dict()}
+        code = {"code": self.code, "code_changes": self.code_changes}
+        return {name: getattr(self, name) for name in names} | code | {"tracker": self.tracker.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict."""
+    def load_state_dict(self, state: dict[str, Any], round_number: int) -> None:
+        """Go on from a state_dict of the end of a round."""
+        self.code_changes = list(state.get("code_changes", []))
+        if "code" in state:  # an older version did not note it
+            self._code_changed(state["code"], round_number)
         for name in ("accuracy", "best_accuracy", "stages", "stage_peak_bytes"):
             setattr(self, name, state[name])
         self.wall_before_s = state["wall_s"]

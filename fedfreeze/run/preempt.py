@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.comm.slurm import seconds_left
 from fedfreeze.config.schema import CheckpointConfig
 from fedfreeze.errors import PreemptedError
@@ -60,16 +61,20 @@ class Preemption:
         self._next_look = -math.inf
 
     def install(self) -> None:
-        """Take SIGUSR1, SIGUSR2, SIGTERM and SIGHUP as wishes: before the first round they end the run at once."""
+        """Take SIGUSR1, SIGUSR2, SIGTERM and SIGHUP as wishes: before the first round they end the run at once.
+
+        In a thread that is not the main one it goes without them: the file `stop` ends the run all the same.
+        """
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
-            self._before[number] = signal.signal(number, self._signalled)
+            self._before[number] = set_handler(number, self._signalled)
 
     def uninstall(self) -> None:
         """Give the signals back to whom they belonged."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # none: not ours to set, or set by other than Python before
+                set_handler(number, handler)
 
     def _signalled(self, number: int, frame: object) -> None:
         urgent = number in (signal.SIGTERM, signal.SIGHUP)

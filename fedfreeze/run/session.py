@@ -14,6 +14,7 @@ import torch
 from fedfreeze.comm.launcher import Launch
 from fedfreeze.comm.mpi_transport import launch_by_mpi
 from fedfreeze.comm.ranks import Ranks
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.compute import choose_device, keep_freed_memory
 from fedfreeze.config.file import config_difference, config_values
 from fedfreeze.config.schema import Config
@@ -128,7 +129,7 @@ class Session:
             return code
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the way out
+                set_handler(signal.SIGINT, signal.SIG_IGN)  # a second one must not spoil the way out
             if history is not None and history.begun:
                 history.failed(error)
             raise

@@ -251,9 +251,9 @@ class Coordinator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
-        plain = ("round", "stage", "stage_round", "ended", "peak_bytes", "peak_sum_bytes")
-        for name in (*plain, "device_rounds", "small_batch_rounds"):
+        for name in ("round", "stage", "stage_round", "ended", "peak_bytes", "peak_sum_bytes", "device_rounds"):
             setattr(self, name, state[name])
+        self.small_batch_rounds = state.get("small_batch_rounds", 0)  # an older version did not count them
         self.ran_out = set(state["ran_out"])
         self.trained = set(state["trained"])
         self.clock.load_state_dict(state["clock"])

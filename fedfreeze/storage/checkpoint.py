@@ -18,6 +18,7 @@ from safetensors.numpy import save as serialise_numpy
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
+import fedfreeze
 from fedfreeze.errors import DataError, one_line, storage_error
 
 VERSION = 1
@@ -33,6 +34,8 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
     updates: list[tuple[int, np.ndarray]]
+    written_by: str | None = None
+    """The version of fedfreeze; none: it does not say, as an older one."""
 
 
 class CheckpointStore:
@@ -71,6 +74,7 @@ class CheckpointStore:
             weights.write_bytes(weight_bytes(tensors))
             content = {
                 "version": VERSION,
+                "fedfreeze": fedfreeze.__version__,
                 "round": round_number,
                 "weights_digest": _digest(weights),
                 "updates": needed,
@@ -100,20 +104,27 @@ class CheckpointStore:
         read, or one is of a newer version.
         """
         candidates = self._rounds()[::-1]
+        reasons: list[str] = []
         for i, folder in enumerate(candidates):
+            found: Checkpoint | None = None
             try:
                 found = self._load(folder)
                 restore(found)
             except (*_TORN, OSError) as error:
-                self.notice(f"checkpoint {folder.name} is torn ({one_line(error)[:120]}); trying the one before")
+                reason = f"is torn ({one_line(error)[:120]})"
+                if found is not None and isinstance(error, KeyError):  # whole, but of a version that noted less
+                    by = f"fedfreeze {found.written_by}" if found.written_by else "an older fedfreeze"
+                    reason = f"lacks {error}, which fedfreeze {fedfreeze.__version__} needs; {by} wrote it"
+                reasons.append(f"{folder.name} {reason}")
+                self.notice(f"checkpoint {reasons[-1]}; trying the one before")
                 continue
             for torn in candidates[:i]:  # they must not take the place of whole ones among those that are kept
                 _remove(torn)
             return found
         if candidates:
             raise DataError(
-                f"none of the {len(candidates)} checkpoints in {self.folder} can be read; delete the run folder to "
-                "start anew"
+                f"none of the {len(candidates)} checkpoints in {self.folder} can be read ({reasons[0]}); delete the "
+                "run folder to start anew"
             )
         return None
 
@@ -125,7 +136,7 @@ class CheckpointStore:
         if content["version"] != VERSION:
             raise DataError(
                 f"checkpoint {folder} has format {content['version']}, this fedfreeze reads {VERSION}; "
-                "use the version that wrote it"
+                f"use the version that wrote it{', ' + str(content['fedfreeze']) if 'fedfreeze' in content else ''}"
             )
         if _digest(folder / "weights.safetensors") != content["weights_digest"]:
             raise ValueError("weights.safetensors does not match its digest")
@@ -136,7 +147,8 @@ class CheckpointStore:
                 raise ValueError(f"{path.name} does not match its digest")
             updates.append((number, load_numpy(path)["update"]))
         self._update_digests = dict(content["updates"])
-        return Checkpoint(load_file(folder / "weights.safetensors"), content["state"], updates)
+        tensors = load_file(folder / "weights.safetensors")
+        return Checkpoint(tensors, content["state"], updates, content.get("fedfreeze"))
 
     def _save_update(self, number: int, update: np.ndarray) -> tuple[int, str]:
         if number not in self._update_digests:

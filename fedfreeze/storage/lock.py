@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 
 # A file system without locks (some parallel ones are mounted so): the file itself must do.
@@ -40,6 +41,33 @@ def give_back(descriptor: int, path: Path, *, delete: bool = True) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
     os.close(descriptor)
+
+
+def is_locked(descriptor: int) -> bool:
+    """Tell whether the kernel keeps the lock that `take` gave; False on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # again: nothing changes where it has it
+    except OSError:
+        return False
+    return True
+
+
+def boot_id() -> str | None:
+    """Return what names this start of this machine's kernel, the same in all its containers; None if nothing does.
+
+    Processes of one kernel see each other's locks, whatever their hosts are called.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def booted_at_s() -> float:
+    """Return when this machine's kernel was started, in seconds since the epoch; 0 if nothing tells."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return time.time() - float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+    return 0.0
 
 
 def _is_still(descriptor: int, path: Path) -> bool:

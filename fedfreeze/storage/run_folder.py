@@ -4,12 +4,21 @@ import contextlib
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
+import fedfreeze
 from fedfreeze.comm.slurm import job_has_ended
-from fedfreeze.config.file import config_values, dump_config, read_yaml, resume_difference
-from fedfreeze.config.schema import Config
+from fedfreeze.config.file import (
+    config_values,
+    filled_up,
+    read_yaml,
+    resume_difference,
+    writer_of,
+    written_config,
+)
+from fedfreeze.config.schema import RESUME_MAY_DIFFER, Config
 from fedfreeze.errors import ConfigError, storage_error
 from fedfreeze.storage import lock
 from fedfreeze.storage.files import write_whole
@@ -45,7 +54,7 @@ class RunFolder:
             self._unmake()
             raise storage_error("use run folder", self.path, error) from None
         try:
-            self._check_config(config)
+            notices += self._check_config(config)
         except BaseException:
             self.close()
             raise
@@ -67,7 +76,7 @@ class RunFolder:
         """Write config.yaml: from now on the folder belongs to this run. Raises StorageError."""
         path = self.path / "config.yaml"
         try:
-            write_whole(path, dump_config(config))
+            write_whole(path, written_config(config))
         except OSError as error:
             raise storage_error("write", path, error) from None
 
@@ -80,7 +89,7 @@ class RunFolder:
                 "wait for it or use --run-dir"
             )
         try:
-            notices = self._check_last_holder()
+            notices = self._check_last_holder(descriptor)
         except BaseException:
             lock.give_back(descriptor, self._lock_path, delete=False)
             raise
@@ -90,6 +99,8 @@ class RunFolder:
                 "pid": os.getpid(),
                 "started": _process_start(os.getpid()),
                 "job": os.environ.get("SLURM_JOB_ID"),
+                "boot": lock.boot_id(),
+                "at": time.time(),
             }
             text = json.dumps(me).encode()
             os.ftruncate(descriptor, 0)
@@ -107,8 +118,12 @@ class RunFolder:
             return None
         return holder if isinstance(holder, dict) else None
 
-    def _check_last_holder(self) -> list[str]:
-        """What the file says counts too: the kernel's lock may not reach other hosts, or not exist on this disk."""
+    def _check_last_holder(self, descriptor: int) -> list[str]:
+        """What the file says counts too: the kernel's lock may not reach other hosts, or not exist on this disk.
+
+        Where the last holder lived under this same kernel, its lock is told by the kernel alone: a container that is
+        started again has another host name.
+        """
         if self._lock_path.stat().st_size == 0:
             return []
         holder = self._holder()
@@ -116,19 +131,29 @@ class RunFolder:
             return ["took over an unreadable lock"]
         host, pid, job = holder.get("host", "?"), holder.get("pid"), holder.get("job")
         same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")  # requeued: its last life is over
-        if host not in ("?", socket.gethostname()) and not same_job and not job_has_ended(job):
+        boot, ours = holder.get("boot"), lock.boot_id()
+        known = boot is not None and ours is not None
+        here = host == socket.gethostname()
+        elsewhere = host != "?" and not here
+        if known and boot == ours and lock.is_locked(descriptor):
+            elsewhere = False  # it was ours to take, so whoever had it is gone
+        elif known and boot != ours and here:
+            # this machine before it was started anew; or one of the same name, that has locked it since
+            here, elsewhere = False, _number(holder.get("at")) > lock.booted_at_s() > 0
+        if elsewhere and not same_job and not job_has_ended(job):
             raise ConfigError(
                 f"run folder {self.path} is locked by pid {pid} on {host} (job {job}); if that run is "
                 f"gone, delete {self._lock_path}"
             )
-        here = host == socket.gethostname()
         if here and pid is not None and _process_start(pid) == holder.get("started") is not None:
             raise ConfigError(f"run folder {self.path} is in use by pid {pid} on {host}; wait for it or use --run-dir")
         return [f"took over the lock of pid {pid} on {host}, which is gone"]
 
-    def _check_config(self, config: Config) -> None:
+    def _check_config(self, config: Config) -> list[str]:
+        """Hold config.yaml against ours; where another version wrote it, as far as both know the keys."""
         path = self.path / "config.yaml"
         ours = config_values(config)
+        notices: list[str] = []
         if path.exists():
             try:
                 theirs = read_yaml(path)
@@ -136,13 +161,38 @@ class RunFolder:
                     raise ConfigError(f"{path} is empty")
             except ConfigError as error:
                 raise ConfigError(f"{error}; delete the run folder or use another --run-dir") from None
+            theirs, missing, unknown = filled_up(theirs)
+            for key, value in unknown.items():
+                told = f"{path} has {key}={value!r}, which fedfreeze {fedfreeze.__version__} does not know"
+                told = f"{told}; {self._writer()} wrote it"
+                if key.partition(".")[0] not in RESUME_MAY_DIFFER:
+                    raise ConfigError(f"{told}: go on with that one, or use another --run-dir")
+                notices.append(f"{told}; left out")
             difference = resume_difference(theirs, ours)
+            lacks = {key: value for key, value in missing.items() if key.partition(".")[0] not in RESUME_MAY_DIFFER}
+            if difference and difference.partition(" ")[0] in lacks:
+                difference += f" ({path} lacks it, so it was the default)"
             if difference:
                 raise ConfigError(
                     f"run folder {self.path} holds another run: {difference}; use another --run-dir or --name"
                 )
+            if lacks:
+                listed = ", ".join(f"{key}={value!r}" for key, value in lacks.items())
+                notices.append(f"{path}, by {self._writer()}, lacks keys that are known now; default taken: {listed}")
         elif self.has_checkpoint():
             raise ConfigError(f"run folder {self.path} has checkpoints but no config.yaml; use another --run-dir")
+        return notices
+
+    def _writer(self) -> str:
+        """Name what wrote config.yaml, as well as the folder tells it."""
+        summary = self.read_summary() or {}
+        versions = summary.get("versions")
+        version = versions.get("fedfreeze") if isinstance(versions, dict) else None
+        version = writer_of(self.path / "config.yaml") or version
+        revision = summary.get("git_revision")
+        if version is None:
+            return "another version of fedfreeze"
+        return f"fedfreeze {version}" + (f" (revision {revision})" if revision else "")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. Raises StorageError."""
@@ -230,6 +280,10 @@ class RunFolder:
             write_whole(self.summary_path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise storage_error("write", self.summary_path, error) from None
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _process_start(pid: int) -> str | None:

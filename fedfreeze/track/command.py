@@ -3,6 +3,7 @@
 import argparse
 import signal
 
+from fedfreeze.comm.signals import set_handler
 from fedfreeze.config.command_line import Commands, add_run_folders_command
 
 
@@ -19,8 +20,12 @@ def add_command(commands: Commands) -> None:
     command.add_argument(
         "--offline", action="store_true", help="write one offline run to RUN/wandb/sync, without key and network"
     )
-    command.add_argument("--project", metavar="P", help="project (default: track.project of the run)")
-    command.add_argument("--entity", metavar="E", help="user or team (default: track.entity of the run)")
+    command.add_argument(
+        "--project", metavar="P", help="project (default: track.project of the run, else WANDB_PROJECT)"
+    )
+    command.add_argument(
+        "--entity", metavar="E", help="user or team (default: track.entity of the run, else WANDB_ENTITY)"
+    )
     command.add_argument("--force", action="store_true", help="also where there is nothing new")
     command.add_argument("--json", action="store_true", help="print what became of each run as JSON")
 
@@ -28,7 +33,7 @@ def add_command(commands: Commands) -> None:
 def _sync(folders: list[str], options: argparse.Namespace) -> int:
     from fedfreeze.track.sync import sync
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_handler(signal.SIGINT, signal.default_int_handler)
     return sync(
         folders,
         offline=options.offline,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedfreeze.config.file import config_values
-from fedfreeze.config.schema import Config
+from fedfreeze.config.schema import Config, TrackConfig
 from fedfreeze.errors import UnavailableError, one_line
 from fedfreeze.track.quiet_wandb import (
     bounded,
@@ -44,6 +44,9 @@ DEVICE_COLUMNS = ("round", "device", *PER_DEVICE)
 
 _LEVELS = {"off": 0, "disabled": 0, "offline": 1, "dryrun": 1, "online": 2, "run": 2, "shared": 2}
 _MODES = ("off", "offline", "online")
+# What wandb would take from the environment, and the configuration always says.
+_NOT_TAKEN = {"WANDB_NAME": "the key name", "WANDB_DIR": "track.dir", "WANDB_RUN_ID": "the id of the run folder"}
+
 _NOT_FACTS = ("kind", "name", "round", "hosts", "slurm_job", "slurm_restart", "wandb_id")
 
 
@@ -111,10 +114,11 @@ class Tracker:
             return
         self.round = record["round"]
         self.wall_s += record["wall_s"]
-        self.emulated_s += record["emulated_s"] or 0.0
+        emulated_s = record.get("emulated_s")  # an older revision had no emulated clock
+        self.emulated_s += emulated_s or 0.0
         self.traffic_bytes += record["bytes_up"] + record["bytes_down"]
         row = scalars(record) | {"wall_hours": self.wall_s / 3600, "traffic_gb": self.traffic_bytes / 1e9}
-        if record["emulated_s"] is not None:
+        if emulated_s is not None:
             row["emulated_hours"] = self.emulated_s / 3600
         row["participants/completed"] = len(record["selected"]) - len(record["failed"])
         row["participants/failed"] = len(record["failed"])
@@ -181,13 +185,9 @@ class Tracker:
     def _init(self, mode: str, facts: dict[str, Any]) -> Any:
         check_writable(self.folder)
         wandb: Any = importlib.import_module("wandb")
-        track = self.config.track
         with no_terminal():
             run = wandb.init(
-                project=track.project,
-                entity=track.entity,
-                group=track.group,
-                tags=track.tags,
+                **wandb_names(self.config.track, os.environ),
                 name=self.config.name,
                 id=self.wandb_id,
                 resume="allow" if mode == "online" else None,
@@ -291,7 +291,21 @@ def make_tracker(config: Config, run_dir: Path, notice: Callable[[str], None]) -
             f"track.wandb is {config.track.wandb}, but wandb is not installed; pip install 'wandb>=0.20', or use "
             "track.wandb=off"
         )
+    for name, key in _NOT_TAKEN.items():
+        if mode != "off" and os.environ.get(name):
+            notice(f"{name} is set and does not count: {key} does (docs/tracking.md)")
     return Tracker(config, run_dir, mode, notice)
+
+
+def wandb_names(track: TrackConfig, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return project, entity, group and tags of a run: of each the configuration's, else the variable's, else ours."""
+    tags = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",")]
+    return {
+        "project": track.project or environment.get("WANDB_PROJECT") or "fedfreeze",
+        "entity": track.entity or environment.get("WANDB_ENTITY") or None,
+        "group": track.group or environment.get("WANDB_RUN_GROUP") or None,
+        "tags": list(track.tags) or [tag for tag in tags if tag],
+    }
 
 
 def wandb_installed() -> bool:
@@ -333,7 +347,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, Any]:
 def device_rows(record: Mapping[str, Any]) -> list[list[Any]]:
     """Return a row a selected device: round, device, then PER_DEVICE; None where the record has nothing."""
     return [
-        [record["round"], device, *(record[name].get(str(device)) for name in PER_DEVICE)]
+        [record["round"], device, *(record.get(name, {}).get(str(device)) for name in PER_DEVICE)]
         for device in record["selected"]
     ]
 

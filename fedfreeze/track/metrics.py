@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from fedfreeze.config.file import config_values, make_config, read_yaml
+from fedfreeze.config.file import config_values, make_config, read_yaml, told_of_writer
 from fedfreeze.config.schema import RESUME_MAY_DIFFER, Config
 from fedfreeze.errors import ConfigError, DataError, ExitCode, one_line
 from fedfreeze.storage.files import json_object
@@ -32,11 +32,12 @@ class RoundRecord:
     selected: list[Device]
     failed: dict[Device, str]
     peak_memory_mib: dict[Device, Amount]
-    tensor_peak_mib: dict[Device, Amount]
+    tensor_peak_mib: dict[Device, Amount] = Field(default_factory=dict)
+    """Empty: of a revision that did not count them."""
     cap_mib: dict[Device, Amount | None]
     bytes_up: Count
     bytes_down: Count
-    emulated_s: Amount | None
+    emulated_s: Amount | None = None
     wall_s: Amount
 
 
@@ -167,7 +168,8 @@ def _read_config(path: Path) -> Config:
             raise ConfigError(
                 f"{str(path)[:200]} is not a run folder ({reason}); give the folders of runs, such as runs/digits"
             )
-        return make_config(read_yaml(path / "config.yaml"))
+        with told_of_writer(path / "config.yaml"):
+            return make_config(read_yaml(path / "config.yaml"))
     except OSError as error:
         raise ConfigError(f"{str(path)[:200]} cannot be read: {error.strerror or one_line(error)}") from None
     except ConfigError as error:

@@ -21,7 +21,7 @@ from fedfreeze.errors import (
 )
 from fedfreeze.storage import lock
 from fedfreeze.storage.files import write_whole
-from fedfreeze.track.live import Tracker, public_facts, track_mode, wandb_installed
+from fedfreeze.track.live import Tracker, public_facts, track_mode, wandb_installed, wandb_names
 from fedfreeze.track.metrics import Source, read_source
 
 
@@ -97,11 +97,12 @@ def _sync_run(path: Path, outcome: Outcome, project: str | None, entity: str | N
     track = source.config.track
     track = replace(track, project=project or track.project, entity=entity or track.entity)
     source = replace(source, config=replace(source.config, track=track))
+    names = wandb_names(track, os.environ)
     note = {
         "id": source.wandb_id,
         "mode": outcome.mode,
-        "project": track.project,
-        "entity": track.entity,
+        "project": names["project"],
+        "entity": names["entity"],
         "status": source.status,
         "rounds": source.metrics.rounds,
         "bytes": source.metrics.size,

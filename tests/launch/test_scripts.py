@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checks import ROOT
+from tests.support.in_process import attempt
 from tests.support.launching import (
     ENVIRONMENT,
     metrics,
@@ -26,6 +27,7 @@ from tests.support.launching import (
 FAKE = ROOT / "tests" / "support" / "fake_fedfreeze.sh"
 SOURCED = [ROOT / "launch" / f"{name}.sh" for name in ("environment", "local_start", "restart", "settings")]
 SOURCED += [ROOT / "slurm" / "common.sh"]
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
 BATCH = sorted((ROOT / "slurm").glob("*.sbatch"))
 STARTED = [*(path for path in (ROOT / "launch").glob("*.sh") if path not in SOURCED), *BATCH, FAKE]
 
@@ -249,25 +251,63 @@ def test_what_a_launcher_leaves_behind_is_ended(tmp_path: Path) -> None:
     assert_nobody_left(tmp_path)
 
 
+# --- the run folder: the program says which it is, and the scripts ask it
+
+NAMED = {
+    "named.yaml": "seed: 1\nname: small  # of the test\n",
+    "nameless.yaml": "seed: 1\n",
+    "quoted.yaml": "name: 'a-name'  # quoted\n",
+    "crlf.yaml": "name: foo\r\nseed: 1\r\n",
+    "flow.yaml": "{name: flowing, seed: 1}\n",
+    "spaced.yaml": "name :   wide\nseed: 1\n",
+    "marked.yaml": "\ufeffname: marked\n",
+    "nested.yaml": "data:\n  name: digits\n",
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "folder"),
     [
         (["digits"], "runs/digits"),
         (["digits", "--name=mine"], "runs/mine"),
         (["digits", "--name", "mine", "--seed=1"], "runs/mine"),
+        (["digits", "--name=007"], "runs/007"),
         (["digits", "--run-dir", "here"], "here"),
         (["digits", "--run-dir=here", "--name=mine"], "here"),
         (["named.yaml"], "runs/small"),
-        (["quoted.yaml"], "runs/a name"),
-        (["nameless.yaml"], "runs/run"),
+        (["nameless.yaml"], "runs/nameless"),
+        (["quoted.yaml"], "runs/a-name"),
+        (["crlf.yaml"], "runs/foo"),
+        (["flow.yaml"], "runs/flowing"),
+        (["spaced.yaml"], "runs/wide"),
+        (["marked.yaml"], "runs/marked"),
+        (["nested.yaml"], "runs/nested"),
     ],
 )
-def test_the_run_folder_is_that_of_the_program(arguments: list[str], folder: str, tmp_path: Path) -> None:
-    (tmp_path / "named.yaml").write_text("seed: 1\nname: small  # of the test\n")
-    (tmp_path / "quoted.yaml").write_text("name: 'a name'\n")
-    (tmp_path / "nameless.yaml").write_text("seed: 1\n")
-    script = 'FEDFREEZE_HOME=$1; shift; . "$FEDFREEZE_HOME/launch/restart.sh"; run_dir_of "$@"'
-    assert until_done(tmp_path, *arguments, script=script).stdout.strip() == folder
+def test_the_program_says_which_its_run_folder_is(arguments: list[str], folder: str, tmp_path: Path) -> None:
+    for name, text in NAMED.items():
+        (tmp_path / name).write_bytes(text.encode())
+    # in a job of several tasks too, where a run would ask for srun
+    outcome = attempt(tmp_path, "run", *arguments, "--show-run-dir", environment={"SLURM_NTASKS": "2"} | JOB)
+    assert (outcome.code, outcome.out, outcome.err, outcome.changed) == (0, f"{folder}\n", "", [])
+
+
+def test_scripts_ask_the_program_for_the_run_folder_and_tell_what_it_tells(tmp_path: Path) -> None:
+    (tmp_path / "crlf.yaml").write_bytes(NAMED["crlf.yaml"].encode())
+    (tmp_path / "types.py").write_text("raise RuntimeError('not the types of Python')\n")
+    words = ("2", "crlf.yaml", "--name=bar", "--seed=1")
+    stubs = {"MPIRUN": stub(tmp_path, "HYDRA"), "PYTHON": sys.executable}
+    told = call(tmp_path, "launch/mpirun.sh", *words, **stubs).stdout
+    assert told.rstrip().endswith("-m fedfreeze run crlf.yaml --run-dir runs/bar --name=bar --seed=1")
+    wrong = call(tmp_path, "launch/mpirun.sh", *words, "--sede=1", **stubs)
+    assert (wrong.returncode, wrong.stdout) == (64, "")
+    assert wrong.stderr.startswith("fedfreeze: error: unknown key sede; did you mean seed?; allowed: name, ")
+    assert wrong.stderr.count("\n") == 1
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    site = {"FEDFREEZE_HOME": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    job = batch(tmp_path, "cpu", "crlf.yaml", **site, SLURM_NTASKS="2")
+    assert "-m fedfreeze run crlf.yaml --run-dir runs/foo\n" in job.stdout
 
 
 # --- torchrun.sh and mpirun.sh
@@ -410,8 +450,7 @@ def rank_of(pid: int) -> list[str]:
 
 
 def batch(folder: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    job = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
-    return call(folder, f"slurm/{script}.sbatch", *arguments, **job | environment)
+    return call(folder, f"slurm/{script}.sbatch", *arguments, **{"SLURM_SUBMIT_DIR": str(folder)} | JOB | environment)
 
 
 @pytest.mark.parametrize("script", [path.stem for path in BATCH])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import socket
+import time
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier, Event
@@ -71,7 +72,10 @@ def test_the_lock_says_who_holds_it(path, monkeypatch):
     folder = RunFolder(path)
     assert folder.open(config()) == []
     holder = json.loads((path / "lock").read_text())
-    assert holder == {"host": HOST, "pid": os.getpid(), "started": start_of(os.getpid()), "job": "4711"}
+    assert abs(holder.pop("at") - time.time()) < 60
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    facts = {"host": HOST, "pid": os.getpid(), "started": start_of(os.getpid()), "job": "4711", "boot": boot}
+    assert holder == facts
     folder.claim(config())
     folder.close()
     assert sorted(file.name for file in path.iterdir()) == ["config.yaml"]

@@ -16,7 +16,7 @@ import torch
 import fedfreeze
 from fedfreeze.errors import DataError
 from tests.support.in_process import TINY, Outcome, assert_refused, note, tree
-from tests.support.launching import summary
+from tests.support.launching import sha256, summary
 from tests.support.tiny_runs import assert_no_leftovers, assert_same, go
 
 # --- checkpoints
@@ -157,6 +157,34 @@ def test_a_checkpoint_of_a_future_version(unfinished: Path) -> None:
     says = (newest.name, "has format 99, this fedfreeze reads", "use the version that wrote it")
     assert_refused(Outcome(outcome.code, outcome.out, outcome.err, []), 65, *says)
     assert tree(unfinished / "checkpoints") == before
+
+
+def test_a_checkpoint_of_an_older_version_says_what_it_lacks_and_who_wrote_it(unfinished: Path) -> None:
+    for folder in checkpoints(unfinished):
+        rewrite(folder, lambda content: content.update(fedfreeze="0.0.7"))
+        rewrite(folder, lambda content: content["state"]["coordinator"].pop("peak_bytes"))
+    outcome = go(unfinished.parent)
+    says = (
+        "none of the 2 checkpoints",
+        f"lacks 'peak_bytes', which fedfreeze {fedfreeze.__version__} needs; fedfreeze 0.0.7",
+    )
+    assert_refused(Outcome(outcome.code, outcome.out, outcome.err, []), 65, *says)
+
+
+def test_a_checkpoint_that_lacks_what_has_a_default_goes_on_to_the_same_bits(unfinished: Path, whole: Path) -> None:
+    for folder in checkpoints(unfinished):
+        rewrite(folder, lambda content: content.pop("fedfreeze"))
+        rewrite(folder, lambda content: content["state"].pop("round_s"))
+        rewrite(folder, lambda content: content["state"]["coordinator"].pop("small_batch_rounds"))
+    lines = (unfinished / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        for name in ("late", "level", "probed", "probe_s", "emulated_s", "tensor_peak_mib", "participation"):
+            record.pop(name, None)
+    (unfinished / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    outcome = go(unfinished.parent)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert sha256(unfinished) == sha256(whole)
 
 
 def test_checkpoints_of_another_network(unfinished: Path) -> None:

@@ -4,11 +4,14 @@
 # STARTS   what each start does, the last word for all that follow: go, lose (be killed in round 2), CODE (leave before
 #          the folder is opened), CODE-in-the-folder (leave later; the launcher says 1, as torchrun does)
 # ROUNDS   how many rounds a whole run has (default 3), of 0.2 s
-if [ "$1" = -c ]; then exit 0; fi # "is fedfreeze installed?"
+if [ "$2" = -c ]; then exit 0; fi # "is fedfreeze installed?"
+dir=runs/${4:-} show=""
 while [ $# -gt 0 ]; do
   [ "$1" != --run-dir ] || dir=$2
+  [ "$1" != --show-run-dir ] || show=1
   shift
 done
+[ -z "$show" ] || { echo "$dir" && exit; }
 count=$(($(cat "$dir.starts" 2> /dev/null || echo 0) + 1))
 mkdir -p "$(dirname "$dir")"
 echo "$count" > "$dir.starts"

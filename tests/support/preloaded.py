@@ -259,7 +259,7 @@ def _run(request: dict[str, Any], streams: Sequence[int]) -> int:
     how, *rest = request["arguments"]
     if how == "-m":
         sys.argv = rest
-        sys.path[0] = request["folder"]
+        del sys.path[0]  # as fedfreeze/__main__.py does
         from fedfreeze.__main__ import main as run
 
         return run()

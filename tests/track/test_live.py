@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from fedfreeze.config.schema import Config
+from fedfreeze.config.schema import Config, TrackConfig
 from fedfreeze.errors import ExitCode, UnavailableError
 from fedfreeze.track import live
-from fedfreeze.track.live import Tracker, bounded, track_mode
+from fedfreeze.track.live import Tracker, bounded, make_tracker, track_mode, wandb_names
 from tests.support.checks import ROOT, assert_one_line
 from tests.support.wandb_runs import (
     KEY,
@@ -94,9 +94,42 @@ def test_an_offline_run_holds_what_the_records_hold_and_nothing_else(tmp_path, m
     assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
 
 
+VARIABLES = {
+    "WANDB_PROJECT": "theirs",
+    "WANDB_ENTITY": "team",
+    "WANDB_RUN_GROUP": "sweep",
+    "WANDB_TAGS": "a, b c",
+}
+
+
+@pytest.mark.parametrize("silent", [{}, dict.fromkeys(VARIABLES, ""), {"WANDB_PROJECT_NAME": "x"}])
+def test_what_a_run_is_called_is_said_by_the_configuration_else_the_variable_else_us(silent):
+    ours = {"project": "fedfreeze", "entity": None, "group": None, "tags": []}
+    theirs = {"project": "theirs", "entity": "team", "group": "sweep", "tags": ["a", "b c"]}
+    assert wandb_names(TrackConfig(), silent) == ours
+    assert wandb_names(TrackConfig(), VARIABLES | silent) == (ours if "WANDB_TAGS" in silent else theirs)
+    said = {"project": "fedfreeze", "entity": "me", "group": "g", "tags": ["t"]}
+    assert wandb_names(TrackConfig(**said), VARIABLES) == said
+    for key, value in said.items():
+        assert wandb_names(TrackConfig(**{key: value}), VARIABLES) == theirs | {key: value}
+
+
+@pytest.mark.parametrize("name", ["WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID"])
+def test_a_variable_that_does_not_count_is_told_where_it_would(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(live, "wandb_installed", lambda: True)
+    monkeypatch.setenv(name, "x")
+    for mode, number in (("offline", 1), ("off", 0)):
+        notices = []
+        make_tracker(Config(track=TrackConfig(wandb=mode)), tmp_path, notices.append)
+        assert len(notices) == number
+        assert all(notice.startswith(f"{name} is set and does not count: ") for notice in notices)
+
+
 @needs_wandb
 def test_many_devices_are_rows_of_a_table_in_parts_not_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(live, "TABLE_ROWS", 16)
+    for name, value in VARIABLES.items():  # and what the configuration does not say is theirs
+        monkeypatch.setenv(name, value)
     run_dir, notices = tmp_path / "run", []
     tracked = tracker(run_dir, notices)
     tracked.start({}, 0)
@@ -110,6 +143,9 @@ def test_many_devices_are_rows_of_a_table_in_parts_not_metrics(tmp_path, monkeyp
     assert_rounds_are_whole(rows, records)
     assert len(rows[0]) < 60
     assert '"exit_code":76' in inspect(folder)
+    run = next(json.loads(line)["run"] for line in inspect(folder).splitlines() if '"type":"run"' in line)
+    named = [run["project"], run["entity"], run["run_group"], run["tags"], run["display_name"]]
+    assert named == ["theirs", "team", "sweep", ["a", "b c"], "small"]
 
 
 @needs_wandb

@@ -93,11 +93,15 @@ def test_an_offline_sync_equals_the_live_run_and_the_second_does_nothing(
 
 @needs_wandb
 def test_offline_again_where_there_is_more_or_it_is_forced_or_the_folder_is_gone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", WHOLE[:3])
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
     first = sync_json(capfd, run, "--offline")
     assert (first["state"], first["rounds"]) == ("synced", 2)
+    noted = json.loads((run / "wandb" / "synced.json").read_text())
+    assert (noted["project"], noted["entity"]) == ("theirs", "team")
     assert '"exit_code":75' in inspect(rebuilt(run))
     write_run(tmp_path / "run")
     (run / "wandb" / "sync" / "staged-left-by-a-kill").mkdir()
@@ -248,7 +252,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "nested without end": (text(LINES[0] + "[" * 100_000 + "\n"), 65, "line 2 is not JSON"),
     "NaN": (second_round(train_loss=float("nan")), 65, "line 3 is not JSON: NaN is not a number"),
     "a round lost": (second_round(round=3), 65, "line 3: round 3 where round 2 should be"),
-    "a key missing": (second_round(tensor_peak_mib=...), 65, "line 3: lacks 'tensor_peak_mib'"),
+    "a key missing": (second_round(cap_mib=...), 65, "line 3: lacks 'cap_mib'"),
     "text for bytes": (second_round(bytes_up="many"), 65, "line 3: bytes_up is 'many'"),
     "a peak of nobody": (second_round(peak_memory_mib={"39": 1.0}), 65, "line 3: device 39 has a peak"),
     "the end lost": (text("".join(LINES[:-1])), 65, "summary.json says finished: lines are missing"),

@@ -1,0 +1,114 @@
+"""The run folder of another version of fedfreeze: keys that it lacks, keys that it alone knows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import fedfreeze
+from fedfreeze.config.file import load_config, make_config, writer_of
+from fedfreeze.config.schema import Config
+from fedfreeze.errors import ConfigError
+from fedfreeze.storage.run_folder import RunFolder
+
+
+def config(**values: Any) -> Config:
+    return make_config({"name": "trial", **values})
+
+
+def assert_one_line(error: BaseException, *parts: object) -> None:
+    assert "\n" not in str(error)
+    for part in parts:
+        assert str(part) in str(error)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A folder in which a run has begun and been left."""
+    folder = RunFolder(tmp_path / "run")
+    folder.open(config())
+    folder.claim(config())
+    folder.close()
+    return tmp_path / "run"
+
+
+def without(path: Path, *keys: str, **more: Any) -> None:
+    """Make config.yaml that of another version: without some keys, with others, and a summary.json beside it."""
+    values = yaml.safe_load((path / "config.yaml").read_text())
+    for key in keys:
+        section, _, name = key.partition(".")
+        del (values[section] if name else values)[name or section]
+    for section, change in more.items():
+        values[section] = values.get(section, {}) | change if isinstance(change, dict) else change
+    (path / "config.yaml").write_text(yaml.safe_dump(values))
+    summary = {"versions": {"fedfreeze": "0.0.7"}, "git_revision": "abc123"}
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+def test_config_yaml_says_which_version_wrote_it(begun):
+    assert writer_of(begun / "config.yaml") == fedfreeze.__version__
+    assert writer_of(begun / "none.yaml") is None
+
+
+@pytest.mark.parametrize(
+    ("lacks", "told"),
+    [
+        (["train.momentum"], "default taken: train.momentum=0.9"),
+        (["train.momentum", "pace.window"], "default taken: train.momentum=0.9, pace.window="),
+        (["select"], "default taken: select.name="),
+        (["seed"], "default taken: seed=0"),
+    ],
+)
+def test_a_key_that_an_older_config_yaml_lacks_has_its_default_with_a_notice(begun, lacks, told):
+    without(begun, *lacks)
+    folder = RunFolder(begun)
+    (notice,) = folder.open(config(train={"momentum": 0.9}))
+    assert "by fedfreeze 0.0.7 (revision abc123), lacks keys that are known now" in notice
+    assert told in notice
+    folder.claim(config())
+    folder.close()
+    assert RunFolder(begun).open(config()) == []  # said once: now it has them
+
+
+def test_the_default_of_a_key_that_is_lacking_is_held_against_what_is_asked_now(begun):
+    without(begun, "train.momentum")
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(begun).open(config(train={"momentum": 0.5}))
+    assert_one_line(caught.value, "train.momentum was 0.9 and is now 0.5 (", "lacks it, so it was the default")
+
+
+def test_keys_of_what_may_differ_are_not_missed(begun):
+    without(begun, "comm.join_s", "checkpoint", "track.tags")
+    assert RunFolder(begun).open(config()) == []
+
+
+@pytest.mark.parametrize(
+    "more", [{"train": {"warp": 3}}, {"warp": 3}, {"engine": {"warp": 3}}, {"select": {"warp": 3}}]
+)
+def test_a_key_of_a_newer_version_is_named_with_that_version(begun, more):
+    without(begun, **more)
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(begun).open(config())
+    known = f"which fedfreeze {fedfreeze.__version__} does not know; fedfreeze 0.0.7 (revision abc123) wrote it"
+    assert_one_line(caught.value, "warp", "3", known, "--run-dir")
+    assert not (begun / "lock").exists()
+
+
+def test_a_key_of_a_newer_version_that_may_differ_is_left_out_with_a_notice(begun):
+    without(begun, comm={"warp": 3})
+    (notice,) = RunFolder(begun).open(config())
+    assert "comm.warp=3" in notice
+    assert "left out" in notice
+
+
+def test_a_configuration_of_a_newer_version_says_so_wherever_it_is_read(begun):
+    path = begun / "config.yaml"
+    path.write_text("# written by fedfreeze 9.8.7\ntrain: {warp: 3}\n")
+    with pytest.raises(ConfigError, match=r"unknown key train\.warp.*was written by fedfreeze 9\.8\.7, this is "):
+        load_config(str(path))
+    path.write_text("# my own\ntrain: {warp: 3}\n")
+    with pytest.raises(ConfigError, match=r"unknown key train\.warp") as caught:
+        load_config(str(path))
+    assert "written by" not in str(caught.value)
