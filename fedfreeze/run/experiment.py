@@ -255,9 +255,12 @@ class Experiment:
             self.checkpoints.save(unsaved.state["coordinator"]["round"], tensors, unsaved.state, unsaved.updates)
 
     def _finish(self, stage: int) -> None:
-        """Deploy the network and close the books."""
+        """Deploy the network and close the books. Raises ConfigError if no device completed any round."""
         assert self.coordinator is not None
         assert self.history is not None
+        if not self.coordinator.device_rounds:
+            self.history.nothing_learned(self.coordinator)
+        self.coordinator.check_learned()
         self.folder.write_model(weight_bytes(self.method.deployed(stage).state_dict()))
         summary = self.history.finish(self.coordinator, self.data, stage, self.fitted)
         self.reporter.finish(summary, self.history.stages, self.folder.path)

@@ -56,7 +56,9 @@ class StageRound:
     stage_round: int
     """Rounds of this stage so far, this one included."""
     perturbation: float | None
+    """None: the window is not full, or the round is sparse: too few devices completed (`pace.min_share`)."""
     train_loss: float | None
+    """None: the round is sparse."""
 
 
 @dataclass(frozen=True)
