@@ -93,17 +93,15 @@ class Coordinator:
         held = [device for device in self.eligible[stage] if self.samples[device] >= least]
         if not held:
             needed = f"{least} samples, as batch normalisation does" if least > 1 else "a sample"
+            most = max(self.samples[device] for device in self.eligible[stage])
             raise ConfigError(
                 f"stage {self.costs.stages[stage].name!r}: none of the {len(self.eligible[stage])} devices whose cap "
-                f"holds it can train, as that takes {needed}, and they have {self._most_samples(stage)} at most (lower "
+                f"holds it can train, as that takes {needed}, and they have {most} at most (lower "
                 "fleet.devices, or raise data.alpha or fleet.memory_cap_mib)"
             )
         if self.config.select.memory:
             return held
         return [device for device, samples in enumerate(self.samples) if samples >= least]
-
-    def _most_samples(self, stage: int) -> int:
-        return max(self.samples[device] for device in self.eligible[stage])
 
     @property
     def trainable(self) -> set[int]:
@@ -289,8 +287,8 @@ class Coordinator:
             return
         raise ConfigError(
             f"no device completed any of the {self.round} rounds, so nothing was learnt and nothing is deployed (at "
-            f"last: {self.last_failure}); lower train.learning_rate where devices diverge, raise fleet.memory_cap_mib or "
-            "train.deadline_s where memory or time is short; metrics.jsonl has every reason under 'failed'"
+            f"last: {self.last_failure}); lower train.learning_rate where devices diverge, raise "
+            "fleet.memory_cap_mib or train.deadline_s where memory or time is short; metrics.jsonl has every reason under 'failed'"
         )
 
     def advance(self) -> None:
