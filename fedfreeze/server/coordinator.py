@@ -288,7 +288,8 @@ class Coordinator:
         raise ConfigError(
             f"no device completed any of the {self.round} rounds, so nothing was learnt and nothing is deployed (at "
             f"last: {self.last_failure}); lower train.learning_rate where devices diverge, raise "
-            "fleet.memory_cap_mib or train.deadline_s where memory or time is short; metrics.jsonl has every reason under 'failed'"
+            "fleet.memory_cap_mib or train.deadline_s where memory or time is short; metrics.jsonl has "
+            "every reason under 'failed'"
         )
 
     def advance(self) -> None:
