@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -175,7 +175,7 @@ class Experiment:
         assert self.history is not None
         if not isinstance(found.state["metrics_bytes"], int):
             raise TypeError("its length of metrics.jsonl is no number")
-        if found.state["inputs"] != self._inputs():
+        if found.state["inputs"] != self._inputs:
             raise ConfigError(
                 f"the data or the devices (a CSV file?) have changed since {self.folder.path} was begun; put them "
                 "back, or use another --run-dir"
@@ -192,6 +192,7 @@ class Experiment:
         for number, update in found.updates:
             self.window.updates.append((number, update))
 
+    @cached_property
     def _inputs(self) -> dict[str, Any]:
         """What the run is made of and config.yaml only points to: the decoded data and the devices."""
         assert self.coordinator is not None
@@ -239,7 +240,7 @@ class Experiment:
             "coordinator": self.coordinator.state_dict(),
             "history": self.history.state_dict(),
             "metrics_bytes": self.folder.metrics_bytes(),
-            "inputs": self._inputs(),
+            "inputs": self._inputs,
             "round_s": self.preemption.round_s,
         }
         copied: dict[str, Any] = json.loads(json.dumps(state))
