@@ -113,6 +113,8 @@ class Verdict:
     checkpoint: bool
     perturbation: float | None = None
     slope: float | None = None
+    sparse: bool = False
+    """Too few devices completed for the round to say anything of convergence."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -1,5 +1,6 @@
 """The command line: every mistake is one line with its exit code, and leaves nothing half-written."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_another_configurations_run_folder(tmp_path: Path, capfd: pytest.Capture
 
 
 def test_a_device_that_cannot_learn_is_left_out_and_logged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """No samples, one sample, a loss that is not a number: each fails alone, and the round goes on."""
+    """Those without samples enough are not selected; where all of a run diverged, it does not end as finished."""
     config = write_config(
         tmp_path,
         data={"alpha": 0.01},
@@ -170,18 +171,31 @@ def test_a_device_that_cannot_learn_is_left_out_and_logged(tmp_path: Path, capfd
         pace={"policy": "fixed"},
     )
     assert main(["run", str(config), "--run-dir", str(tmp_path / "run")]) == 0
-    failed = [record["failed"] for record in metrics(tmp_path / "run") if record["kind"] == "round"]
-    reasons = {reason for record in failed for reason in record.values()}
-    assert {"no samples", "one sample, too few for batch normalisation"} <= reasons
-    assert "left out: no samples" in capfd.readouterr().out
+    rounds = [record for record in metrics(tmp_path / "run") if record["kind"] == "round"]
+    rows = list(csv.DictReader((tmp_path / "run" / "partition.csv").open()))
+    samples = [int(row["samples"]) for row in rows]
+    assert (len(samples), sum(samples)) == (300, 1437)
+    able = [device for device in range(300) if samples[device] >= 2]
+    assert [record["selected"] for record in rounds] == [able] * 3
+    assert [record["failed"] for record in rounds] == [{}] * 3
+    assert f"{300 - len(able)} of 300 devices have no sample or one" in capfd.readouterr().out
 
-    assert main(["run", str(config), "--run-dir", str(tmp_path / "wild"), "--train.learning_rate=1e30"]) == 0
-    rounds = [record for record in metrics(tmp_path / "wild") if record["kind"] == "round"]
-    reasons = {reason for record in rounds for reason in record["failed"].values() if "sample" not in reason}
-    assert reasons
-    assert all(reason.startswith("diverged: ") for reason in reasons)
-    assert rounds[0]["train_loss"] is None
-    assert summary(tmp_path / "wild")["final_accuracy"] is not None
+    wild = ["run", str(config), "--run-dir", str(tmp_path / "wild"), "--train.learning_rate=1e30"]
+    for _ in range(2):  # started again, it says so again
+        assert main(wild) == ExitCode.BAD_CONFIG
+        assert_one_line(capfd.readouterr().err, "no device completed any of the 3 rounds")
+        figures = summary(tmp_path / "wild")
+        assert (figures["status"], figures["exit_code"], figures["rounds"]) == ("failed", 64, 3)
+        assert (figures["participation"], figures["all_frozen"]) == (0, False)
+        assert figures["final_accuracy"] is not None
+        assert not (tmp_path / "wild" / "model.safetensors").exists()
+    records = metrics(tmp_path / "wild")
+    rounds = [record for record in records if record["kind"] == "round"]
+    assert all(reason.startswith("diverged: ") for record in rounds for reason in record["failed"].values())
+    assert [record["train_loss"] for record in rounds] == [None] * 3
+    assert [(record["reason"], record["device_rounds"]) for record in records if record["kind"] == "stage"] == [
+        ("fixed", 0)
+    ] * 3
 
 
 @pytest.mark.parametrize("program", [["-m", "fedfreeze"], ["-u", "-m", "fedfreeze"], ["-P", "-m", "fedfreeze"]])

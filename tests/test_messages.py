@@ -151,5 +151,6 @@ def test_a_verdict_survives_json():
         "checkpoint": True,
         "perturbation": 0.31,
         "slope": -0.002,
+        "sparse": False,
     }
     assert Verdict(**values) == verdict

@@ -214,6 +214,9 @@ class PaceConfig:
     """Times 1/sqrt(window): the level that unrelated zero-mean updates give is 1/sqrt(window)."""
     improvement: NonNegativeFloat = 0.01
     """`plateau`: the relative fall of the loss over `slope_window` rounds under which a block counts as converged."""
+    min_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """A round is evidence of convergence only if this share of `train.participants` completed it (of the devices that
+    can train in the stage, where those are fewer); a sparser one is left out of the window. 0: one device will do."""
     min_rounds: Positive = 1
     """No block is frozen before this many rounds of its stage (k_min)."""
     max_rounds: Positive | None = None

@@ -13,10 +13,12 @@ Partition = list[np.ndarray]  # for each device the sorted indices of its sample
 
 
 def partition(labels: np.ndarray, devices: int, config: DataConfig, seed: int) -> Partition:
-    """Give every sample to exactly one device; devices may come out empty."""
+    """Give every sample to exactly one device; devices may come out empty. Linear in samples, devices and draws."""
     generator = numpy_generator(seed, "partition")
-    parts = PARTITIONS[config.partition](labels, devices, config, generator)
-    return [np.sort(part) for part in parts]
+    owner = PARTITIONS[config.partition](labels, devices, config, generator)
+    # stable: the samples of each device stay in ascending order
+    by_owner = np.argsort(owner, kind="stable")
+    return np.split(by_owner, np.cumsum(np.bincount(owner, minlength=devices))[:-1])
 
 
 def partition_of(data: Data, config: Config) -> Partition:
@@ -31,35 +33,65 @@ def partition_of(data: Data, config: Config) -> Partition:
     return partition(data.train.labels, devices, config.data, config.seed)
 
 
-def _iid(labels: np.ndarray, devices: int, config: DataConfig, generator: np.random.Generator) -> Partition:
+def _iid(labels: np.ndarray, devices: int, config: DataConfig, generator: np.random.Generator) -> np.ndarray:
     """Evenly at random."""
-    return np.array_split(generator.permutation(len(labels)), devices)
+    owner = np.empty(len(labels), dtype=np.int64)
+    owner[generator.permutation(len(labels))] = np.repeat(np.arange(devices), _even(len(labels), devices))
+    return owner
 
 
-def _dirichlet(labels: np.ndarray, devices: int, config: DataConfig, generator: np.random.Generator) -> Partition:
+def _dirichlet(labels: np.ndarray, devices: int, config: DataConfig, generator: np.random.Generator) -> np.ndarray:
     """Each class is split over the devices by a Dirichlet(alpha) draw (Hsu, Qi and Brown, 2019)."""
-    parts: list[list[np.ndarray]] = [[] for _ in range(devices)]
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        shares = generator.dirichlet(np.full(devices, config.alpha))
-        if not np.isfinite(shares).all():  # alpha so small that every gamma draw underflowed
-            shares = np.eye(devices)[generator.integers(devices)]
+    owner = np.empty(len(labels), dtype=np.int64)
+    everyone = np.arange(devices)
+    for in_order in _rows_by_label(labels):
+        rows = generator.permutation(in_order)
+        shares = _shares(devices, config.alpha, generator)
         cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(int)
-        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
-            part.append(piece)
-    return [np.concatenate(part) for part in parts]
+        owner[rows] = np.repeat(everyone, np.diff(cuts, prepend=0, append=len(rows)))
+    return owner
 
 
-def _shards(labels: np.ndarray, devices: int, config: DataConfig, generator: np.random.Generator) -> Partition:
+def _shares(devices: int, alpha: float, generator: np.random.Generator) -> np.ndarray:
+    """Return a Dirichlet draw over the devices, or its limit where floating point has none for this alpha."""
+    shares = generator.dirichlet(np.full(devices, alpha))
+    if abs(shares.sum() - 1) <= 1e-6:  # false for what is not a number
+        return shares
+    if alpha >= 1:  # so large that the sum of the gamma draws overflowed
+        return np.full(devices, 1 / devices)
+    shares = np.zeros(devices)
+    shares[generator.integers(devices)] = 1  # alpha is so small that every gamma draw underflowed
+    return shares
+
+
+def _shards(labels: np.ndarray, devices: int, config: DataConfig, generator: np.random.Generator) -> np.ndarray:
     """Label-sorted samples are cut into shards, dealt out at random (McMahan et al., 2017)."""
     by_label = np.lexsort((generator.permutation(len(labels)), labels))
-    shards = np.array_split(by_label, devices * config.shards_per_device)
-    deal = generator.permutation(len(shards)).reshape(devices, -1)
-    return [np.concatenate([shards[i] for i in hand]) for hand in deal]
+    shards = devices * config.shards_per_device
+    owner_of_shard = np.empty(shards, dtype=np.int64)
+    owner_of_shard[generator.permutation(shards)] = np.repeat(np.arange(devices), config.shards_per_device)
+    owner = np.empty(len(labels), dtype=np.int64)
+    owner[by_label] = np.repeat(owner_of_shard, _even(len(labels), shards))
+    return owner
 
 
-PARTITIONS: dict[str, Callable[[np.ndarray, int, DataConfig, np.random.Generator], Partition]] = {
+def _even(samples: int, parts: int) -> np.ndarray:
+    """Return the sizes of parts that differ by one sample at most, the larger ones first."""
+    sizes = np.full(parts, samples // parts)
+    sizes[: samples % parts] += 1
+    return sizes
+
+
+def _rows_by_label(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the samples of each label that there is, ascending, in the order of the labels."""
+    order = np.argsort(labels, kind="stable")
+    _, first = np.unique(labels[order], return_index=True)
+    return np.split(order, first[1:])
+
+
+PARTITIONS: dict[str, Callable[[np.ndarray, int, DataConfig, np.random.Generator], np.ndarray]] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
     "shards": _shards,
 }
+"""By name: what gives each sample the number of its device, (samples,) int64."""

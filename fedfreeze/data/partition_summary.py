@@ -39,15 +39,16 @@ class PartitionSummary:
 
 def summarise(parts: Partition, data: Data) -> PartitionSummary:
     """Count samples and labels of each device."""
-    small = len(parts) * data.num_classes <= _MOST_CELLS
-    counts = np.zeros((len(parts), data.num_classes), dtype=np.int64) if small else None
-    labels = np.zeros(len(parts), dtype=np.int64)
-    for device, rows in enumerate(parts):
-        of_device = np.bincount(data.train.labels[rows], minlength=data.num_classes)
-        labels[device] = np.count_nonzero(of_device)
-        if counts is not None:
-            counts[device] = of_device
-    return PartitionSummary(np.array([len(rows) for rows in parts], dtype=np.int64), labels, counts)
+    devices, classes = len(parts), data.num_classes
+    samples = np.array([len(rows) for rows in parts], dtype=np.int64)
+    owners = np.repeat(np.arange(devices), samples)
+    # only the pairs of device and label that there are: devices x classes may be far more
+    pairs, numbers = np.unique(owners * classes + data.train.labels[np.concatenate(parts)], return_counts=True)
+    counts = None
+    if devices * classes <= _MOST_CELLS:
+        counts = np.zeros((devices, classes), dtype=np.int64)
+        counts.flat[pairs] = numbers
+    return PartitionSummary(samples, np.bincount(pairs // classes, minlength=devices), counts)
 
 
 def draw_partition(summary: PartitionSummary, path: Path) -> None:

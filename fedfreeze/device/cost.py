@@ -15,7 +15,7 @@ from fedfreeze.device.cap import count_peak
 from fedfreeze.errors import ConfigError
 from fedfreeze.methods import Method, full_model_stage, make_method, method_class
 from fedfreeze.network.blocks import BlockedNetwork, ImageShape, build_network
-from fedfreeze.network.stage import LocalTrainer, Stage, sees_one_value
+from fedfreeze.network.stage import LocalTrainer, Stage, has_batch_norm, least_samples, sees_one_value
 from fedfreeze.plugins import needs_values, own_code
 from fedfreeze.seeds import global_seed
 from fedfreeze.units import FLOAT_BYTES
@@ -43,6 +43,8 @@ class StageCost:
     """Parameters of the active block alone."""
     frozen_elements: int
     """Floats of the frozen prefix, sent down once to a device that lacks them."""
+    batch_norm: bool = False
+    """Whether it normalises over the batch, which one sample is too few for."""
 
     @property
     def bytes_up(self) -> int:
@@ -67,6 +69,11 @@ class Costs:
     def needed_bytes(self) -> tuple[int, ...]:
         """For each stage the memory of its smallest sub-model: what a device needs to join."""
         return tuple(levels[0].memory_bytes for levels in self.levels)
+
+    @property
+    def least_samples(self) -> tuple[int, ...]:
+        """For each stage the samples that a device needs to train in it."""
+        return tuple(least_samples(any(cost.batch_norm for cost in levels)) for levels in self.levels)
 
     def level_of(self, stage: int, cap_bytes: int | None) -> int:
         """Return the largest sub-model of a stage that a cap holds; the smallest where it holds none."""
@@ -197,6 +204,7 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
         trained_elements=len(stage.flat),
         active_parameters=stage.flat.active_parameters,
         frozen_elements=stage.frozen_elements,
+        batch_norm=has_batch_norm(stage),
     )
 
 

@@ -14,7 +14,7 @@ from fedfreeze.errors import ConfigError
 from fedfreeze.messages import Assignment, DeviceReport, ProbePlan, RoundPlan
 from fedfreeze.methods import Method
 from fedfreeze.methods.aggregate import UPDATE_LIMIT, UpdateSum, usable
-from fedfreeze.network.stage import LocalTrainer, Stage, sees_one_value
+from fedfreeze.network.stage import LocalTrainer, Stage, cannot_learn, has_batch_norm, sees_one_value
 from fedfreeze.plugins import own_code
 from fedfreeze.seeds import global_seed, numpy_generator, torch_generator
 from fedfreeze.select import selector_class
@@ -68,7 +68,7 @@ class Emulator:
             self.cap.begin_stage()
         self.values = self.stage.flat.values().to("cpu", copy=True)
         self.in_stage = True
-        self.has_batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.stage.modules())
+        self.has_batch_norm = has_batch_norm(self.stage)
 
     def enter_level(self, level: int) -> None:
         """Build a sub-model of the stage, in place of the one before."""
@@ -106,7 +106,7 @@ class Emulator:
     def train(self, assignment: Assignment, plan: RoundPlan, update: UpdateSum) -> DeviceReport:
         """Train one device on its own data under its cap and add its update; a device that fails adds nothing."""
         rows = self.parts[assignment.device]
-        reason = self._cannot_learn(len(rows))
+        reason = cannot_learn(len(rows), self.has_batch_norm)
         if reason is not None:
             return DeviceReport(assignment.device, len(rows), failed=reason)
         start, index = self._start_of(assignment.level, plan.round, rows)
@@ -178,13 +178,6 @@ class Emulator:
         except DeviceOutOfMemoryError:
             return None
         return answer if np.isfinite(answer).all() else None
-
-    def _cannot_learn(self, samples: int) -> str | None:
-        if samples == 0:
-            return "no samples"
-        if samples == 1 and self.has_batch_norm:
-            return "one sample, too few for batch normalisation"
-        return None
 
     def _train_locally(
         self, assignment: Assignment, plan: RoundPlan, rows: np.ndarray, start: torch.Tensor

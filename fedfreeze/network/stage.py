@@ -124,6 +124,23 @@ def sees_one_value(error: ValueError) -> bool:
     return "more than 1 value per channel" in str(error)
 
 
+def has_batch_norm(stage: nn.Module) -> bool:
+    """Tell whether a stage normalises over the batch, in whichever of its parts."""
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in stage.modules())
+
+
+def least_samples(batch_norm: bool) -> int:
+    """Return how many samples a device needs to train a stage: batch normalisation has no variance over one. [ours]"""
+    return 2 if batch_norm else 1
+
+
+def cannot_learn(samples: int, batch_norm: bool) -> str | None:
+    """Return why a device with this many samples cannot train a stage; None: it can."""
+    if samples >= least_samples(batch_norm):
+        return None
+    return "one sample, too few for batch normalisation" if samples else "no samples"
+
+
 def classifier_of(network: nn.Module, num_classes: int) -> nn.Linear:
     """Return the last linear layer with an output for each class."""
     return [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes][-1]

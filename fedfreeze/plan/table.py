@@ -43,6 +43,9 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
         return
     console = LastingConsole()
     console.print(stage_table(rows, _title(config, data, fleet)))
+    least = min(costs.least_samples)
+    few = int((parts.samples < least).sum())
+    too_few = f"; {few} devices have fewer than {least}, too few to train" if few else ""
     every = min(len(fleet.eligible(needed)) for needed in costs.needed_bytes)
     samples, labels = parts.samples, parts.labels
     times = ", ".join(f"{_time(stage['round_s_median'])} ({_time(stage['round_s_slowest'])})" for stage in seconds)
@@ -51,7 +54,7 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
         "peak: tensor bytes of one training step, counted on fake tensors; frozen: share of a step's\n"
         "FLOPs spent in the frozen prefix; up: what a device sends a round. Nothing was trained.\n"
         f"emulated time of a round, median device that can join (slowest), by stage:\n{times}\n"
-        f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}; "
+        f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}{too_few}; "
         f"labels a device: {labels.min()} to {labels.max()} of {data.num_classes}",
         soft_wrap=True,
         highlight=False,

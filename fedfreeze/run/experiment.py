@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -204,7 +204,7 @@ class Experiment:
         assert self.history is not None
         if not isinstance(found.state["metrics_bytes"], int):
             raise TypeError("its length of metrics.jsonl is no number")
-        before, now = found.state["inputs"], self._inputs()
+        before, now = found.state["inputs"], self._inputs
         if not is_same(before["data"], self.store, self.identity):
             raise self._other_inputs("the images or labels")
         if before != now | {"data": before["data"]}:
@@ -250,6 +250,7 @@ class Experiment:
             "class_names": None if data.class_names is None else list(data.class_names),
         }
 
+    @cached_property
     def _inputs(self) -> dict[str, Any]:
         """What the run is made of and config.yaml only points to: the decoded data and the devices."""
         assert self.coordinator is not None
@@ -297,7 +298,7 @@ class Experiment:
             "coordinator": self.coordinator.state_dict(),
             "history": self.history.state_dict(),
             "metrics_bytes": self.folder.metrics_bytes(),
-            "inputs": self._inputs(),
+            "inputs": self._inputs,
             "round_s": self.preemption.round_s,
         }
         copied: dict[str, Any] = json.loads(json.dumps(state))
@@ -313,9 +314,13 @@ class Experiment:
             self.checkpoints.save(unsaved.state["coordinator"]["round"], tensors, unsaved.state, unsaved.updates)
 
     def _finish(self, stage: int) -> None:
-        """Deploy the network and close the books."""
+        """Deploy the network and close the books. Raises ConfigError if no device completed any round."""
         assert self.coordinator is not None
         assert self.history is not None
         self.folder.write_model(weight_bytes(named_once(self.method.deployed(stage))))
+        if not self.coordinator.device_rounds:
+            self.history.nothing_learned(self.coordinator)
+        self.coordinator.check_learned()
+        self.folder.write_model(weight_bytes(self.method.deployed(stage).state_dict()))
         summary = self.history.finish(self.coordinator, self.data, stage, self.fitted)
         self.reporter.finish(summary, self.history.stages, self.folder.path)

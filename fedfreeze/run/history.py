@@ -121,6 +121,7 @@ class History:
             "failed": {str(report.device): report.failed for report in result.reports if report.failed is not None},
             "train_loss": train_loss(result.reports),
             "accuracy": result.accuracy,
+            "sparse": verdict.sparse,
             "perturbation": verdict.perturbation,
             "slope": verdict.slope,
             "peak_memory_mib": {str(report.device): report.peak_bytes / MIB for report in completed},
@@ -153,6 +154,7 @@ class History:
             "peak_memory_mib": self.stage_peak_bytes / MIB,
             "full_memory_mib": full.memory_bytes / MIB,
             "eligible": len(coordinator.eligible[coordinator.stage]),
+            "device_rounds": coordinator.stage_device_rounds,
             "accuracy": self.accuracy,
         }
         self.stages.append(record)
@@ -175,6 +177,10 @@ class History:
         self.folder.write_summary(summary)
         self.summary = summary
         return summary
+
+    def nothing_learned(self, coordinator: Coordinator) -> None:
+        """Have summary.json hold the figures of a run in which no device completed a round; `failed` adds the rest."""
+        self.folder.write_summary(self._summary(coordinator, "running", None))
 
     def tracked_to_the_end(self) -> None:
         """Close the tracking of a run that is done; it may wait for an upload."""
@@ -206,7 +212,9 @@ class History:
         measured = coordinator.device_rounds > 0
         could = {device for devices in coordinator.eligible for device in devices}
         hold_full = set(fleet.eligible(full.memory_bytes))
-        frozen = sum(record["reason"] != "round_limit" for record in self.stages)
+        # a block that nobody trained is not frozen, whatever ended its stage; an earlier version did not say
+        trained = [record for record in self.stages if record.get("device_rounds") != 0]
+        frozen = sum(record["reason"] != "round_limit" for record in trained)
         return {
             "status": status,
             "exit_code": None if code is None else int(code),
@@ -225,6 +233,7 @@ class History:
             "small_batch_share": coordinator.small_batch_rounds / max(1, coordinator.device_rounds),
             "participation": len(coordinator.trained) / len(fleet),
             "inclusion": len(could) / len(fleet),
+            "trainable": len(coordinator.trainable) / len(fleet),
             "trained_below_full_memory": len(coordinator.trained - hold_full),
             "emulated_s": coordinator.clock.now_s,
             "wall_s": self.wall_s,

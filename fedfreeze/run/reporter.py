@@ -47,6 +47,8 @@ class Reporter:
         self.max_rounds = 0
         self.num_stages = 0
         self.timeout_s = math.inf
+        self.participants = 0
+        self.tells_of_sparse = False
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one; never wrapped, so that logs can be searched."""
@@ -73,6 +75,8 @@ class Reporter:
         """Say what runs, where, and who enforces the caps."""
         self.max_rounds = config.train.rounds
         self.num_stages = len(coordinator.costs.stages)
+        self.participants = config.train.participants
+        self.tells_of_sparse = coordinator.policy not in ("fixed", "proportional")  # which look at no evidence
         self.timeout_s = config.comm.timeout_s if ranks.world_size > 1 else math.inf
         facts = history.facts
         self.say(f"{config.name}: {config.method.name}, {config.model.label} on {facts['dataset']}, seed {config.seed}")
@@ -81,11 +85,13 @@ class Reporter:
             f"({facts['device']}, backend {ranks.backend}), {config.train.participants} a round; "
             f"caps enforced by: {facts['cap_enforcement']}"
         )
-        too_few = sum(samples < 2 for samples in coordinator.samples)
+        least = min(coordinator.costs.least_samples)
+        too_few = sum(samples < least for samples in coordinator.samples)
         if too_few:
+            few = "no sample or one, too few to train with batch normalisation" if least > 1 else "no sample"
             self.notice(
-                f"{too_few} of {len(coordinator.fleet)} devices have no sample or one, too few to train with batch "
-                "normalisation; lower fleet.devices or raise data.alpha"
+                f"{too_few} of {len(coordinator.fleet)} devices have {few}, and are not selected; lower fleet.devices "
+                "or raise data.alpha"
             )
         here, cores = ranks.rank_hosts.count(ranks.rank_hosts[0]), len(os.sched_getaffinity(0))
         if facts["launcher"] in ("mpirun", "srun"):  # which may bind each rank to a core of its own
@@ -97,10 +103,15 @@ class Reporter:
             )
         if resumed:
             self.notice(f"resumed after round {coordinator.round}")
-        for stage, eligible in enumerate(coordinator.eligible):
+        for stage, (eligible, able) in enumerate(zip(coordinator.eligible, coordinator.able, strict=True)):
             if len(eligible) < config.train.participants:
                 self.notice(
                     f"stage {stage + 1}: only {len(eligible)} devices can hold it, fewer than train.participants"
+                )
+            elif len(able) < config.train.participants:
+                self.notice(
+                    f"stage {stage + 1}: only {len(able)} of the {len(eligible)} devices that can hold it have samples "
+                    "enough to train, fewer than train.participants"
                 )
         if self.console.is_terminal and not self.quiet:
             self.progress = Progress(
@@ -122,6 +133,13 @@ class Reporter:
                 "give up; raise comm.timeout_s"
             )
             self.timeout_s = math.inf  # said once
+        if record["sparse"] and self.tells_of_sparse:
+            self.tells_of_sparse = False
+            completed = len(record["peak_memory_mib"])
+            self.notice(
+                f"round {record['round']}: {completed} device{'s' * (completed != 1)} completed, train.participants is "
+                f"{self.participants}: so sparse a round is no evidence of convergence (pace.min_share); said once"
+            )
         by_reason: dict[str, list[str]] = {}
         late = {str(device) for device in record["late"]}  # their number stands in the line of the round
         for device, reason in record["failed"].items():
@@ -158,6 +176,9 @@ class Reporter:
                 f"a round limit, not the criterion, ended stage {', '.join(limited) or len(stages)}; the network of "
                 f"stage {summary['deployed_stage'] + 1} of {summary['stages']} is deployed"
             )
+        untrained = [str(record["stage"] + 1) for record in stages if record.get("device_rounds") == 0]
+        if untrained:
+            self.notice(f"no device completed a round of stage {', '.join(untrained)}: its block is as it began")
         self.say(
             f"accuracy {_number(summary['final_accuracy'], '.4f')} after {summary['rounds']} rounds, "
             f"{summary['wall_s']:.1f} s"
@@ -177,8 +198,10 @@ class Reporter:
             f"emulated: {duration(summary['emulated_s'])} on the devices' clock, {summary['bytes_total'] / 1e6:.1f} MB "
             "sent up and down"
         )
+        short = f" by their memory, {summary['trainable']:.0%} with samples enough"
+        short = short if summary["trainable"] < summary["inclusion"] else ""
         self.say(
-            f"devices: {summary['participation']:.0%} trained, {summary['inclusion']:.0%} could; "
+            f"devices: {summary['participation']:.0%} trained, {summary['inclusion']:.0%} could{short}; "
             f"{summary['trained_below_full_memory']} that trained could not hold the full model"
         )
         self.say(f"results in {folder}")

@@ -99,7 +99,7 @@ def judge(
     """Measure block perturbation and return the verdict as plain values; runs on rank 0 alone."""
     assert coordinator is not None
     perturbation = None
-    if any(report.failed is None for report in reports):  # a round in which all failed says nothing of convergence
+    if not coordinator.is_sparse(reports):
         active = change[: emulator.stage.flat.active_parameters]
         perturbation = window.push(plan.round, active.cpu().numpy().copy())
     return coordinator.judge(reports, perturbation).to_json()

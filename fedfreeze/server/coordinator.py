@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from fedfreeze.methods.aggregate import device_weight, fraction_bits
 from fedfreeze.plugins import is_own, own_code
 from fedfreeze.select import Probes, Situation, make_selector
 from fedfreeze.server.clock import EmulatedClock
-from fedfreeze.server.pace import StageRound, make_policy
+from fedfreeze.server.pace import PaceDecision, StageRound, make_policy
 from fedfreeze.units import MIB
 
 
@@ -44,6 +45,7 @@ class Coordinator:
         self._check_rounds()
         self.eligible = [fleet.eligible(needed) for needed in costs.needed_bytes]
         self._check_stages_fit()
+        self.able = [self._able(stage) for stage in range(len(costs.stages))]
         self.selector = make_selector(config)
         self.clock = EmulatedClock(fleet, samples, costs, config.train)
         self._check_deadline()
@@ -53,11 +55,14 @@ class Coordinator:
         self.stage_round = 0
         self.ended = False
         self.candidates: list[int] = []
+        self.expected = 1  # devices that this round would have at best
         self.ran_out: set[int] = set()  # devices that really ran out in this stage, whatever was predicted
         self.trained: set[int] = set()
         self.peak_bytes = 0
         self.peak_sum_bytes = 0
         self.device_rounds = 0
+        self.stage_device_rounds = 0  # of these, in this stage
+        self.last_failure: str | None = None  # why devices failed in the last round in which any did
         self.small_batch_rounds = 0  # of these, by devices with fewer samples than a batch: their peaks are lower
 
     def _check_rounds(self) -> None:
@@ -79,14 +84,43 @@ class Coordinator:
                     "(raise fleet.memory_cap_mib, or lower train.batch_size or model.width)"
                 )
 
+    def _able(self, stage: int) -> list[int]:
+        """Return the devices that can train in a stage: enough samples, and by `select.memory` a cap that holds it.
+
+        Raises ConfigError if there is none that has both.
+        """
+        least = self.costs.least_samples[stage]
+        held = [device for device in self.eligible[stage] if self.samples[device] >= least]
+        if not held:
+            needed = f"{least} samples, as batch normalisation does" if least > 1 else "a sample"
+            most = max(self.samples[device] for device in self.eligible[stage])
+            raise ConfigError(
+                f"stage {self.costs.stages[stage].name!r}: none of the {len(self.eligible[stage])} devices whose cap "
+                f"holds it can train, as that takes {needed}, and they have {most} at most (lower "
+                "fleet.devices, or raise data.alpha or fleet.memory_cap_mib)"
+            )
+        if self.config.select.memory:
+            return held
+        return [device for device, samples in enumerate(self.samples) if samples >= least]
+
+    @property
+    def trainable(self) -> set[int]:
+        """The devices whose cap holds some stage for which they have enough samples."""
+        return {
+            device
+            for devices, least in zip(self.eligible, self.costs.least_samples, strict=True)
+            for device in devices
+            if self.samples[device] >= least
+        }
+
     def _check_deadline(self) -> None:
         limit = self.config.train.deadline_s
         if limit is None:
             return
-        for stage, devices in enumerate(self.eligible):
+        for stage, devices in enumerate(self.able):
             self.clock.enter_stage(stage)
             seconds = self.clock.round_seconds()
-            fastest = min((float(seconds[device]) for device in devices if self.samples[device]), default=0.0)
+            fastest = min(float(seconds[device]) for device in devices)
             if fastest > limit:
                 raise ConfigError(
                     f"train.deadline_s: {limit:g} s is too short for stage {self.costs.stages[stage].name!r}, which "
@@ -102,14 +136,14 @@ class Coordinator:
         self.round += 1
         self.stage_round += 1
         select = self.config.select
-        able = self.eligible[self.stage] if select.memory else range(len(self.fleet))
-        left = [device for device in able if not self._barred(device)]
+        left = [device for device in self.able[self.stage] if not self._barred(device)]
         if not left:
             cost = self.costs.levels[self.stage][0]
             raise ConfigError(
                 f"every device that should hold stage {cost.name!r} ({cost.memory_bytes / MIB:.1f} MiB predicted) ran "
                 "out of memory in it; raise fleet.memory_cap_mib"
             )
+        self.expected = min(self.config.train.participants, len(left))
         self.candidates = self.clock.wait_for(left)
         with own_code("select.name", select.name):
             self.selector.prepare(
@@ -196,6 +230,15 @@ class Coordinator:
             return train.learning_rate * 0.5 * (1 + math.cos(math.pi * (self.round - 1) / train.rounds))
         return train.learning_rate
 
+    def is_sparse(self, reports: Sequence[DeviceReport]) -> bool:
+        """Tell whether so few devices completed that the round says nothing of convergence. [ours]
+
+        Too few are none, or less than `pace.min_share` of `train.participants`; of all devices that can train in the
+        stage where those are fewer, whether they are available or not.
+        """
+        completed = sum(report.failed is None for report in reports)
+        return completed == 0 or completed < self.config.pace.min_share * self.expected
+
     def judge(self, reports: Sequence[DeviceReport], perturbation: float | None) -> Verdict:
         """Learn from a round and decide what follows. `reports` in the order of device numbers."""
         with own_code("select.name", self.config.select.name):
@@ -209,8 +252,16 @@ class Coordinator:
             self.peak_sum_bytes += report.peak_bytes
             self.small_batch_rounds += report.samples < self.config.train.batch_size
         self.device_rounds += len(completed)
+        self.stage_device_rounds += len(completed)
+        self._note_failure(reports)
+        sparse = self.is_sparse(reports)
+        if sparse:
+            perturbation = None
+        loss = None if sparse else train_loss(reports)
         with own_code("pace.policy", self.policy):
-            decision = self.pace.observe(StageRound(self.stage, self.stage_round, perturbation, train_loss(reports)))
+            decision = self.pace.observe(StageRound(self.stage, self.stage_round, perturbation, loss))
+        if decision.freeze and not self.stage_device_rounds and decision.reason not in ("fixed", "round_limit"):
+            decision = PaceDecision(False, slope=decision.slope)  # whatever the user's own policy makes of no evidence
         out_of_rounds = self.round >= self.config.train.rounds
         end_stage = (decision.reason or "converged") if decision.freeze else ("round_limit" if out_of_rounds else None)
         stop = out_of_rounds or (end_stage is not None and self.stage == len(self.costs.stages) - 1)
@@ -222,12 +273,30 @@ class Coordinator:
             checkpoint=end_stage is not None or self.round % self.config.checkpoint.every_rounds == 0,
             perturbation=perturbation,
             slope=decision.slope,
+            sparse=sparse,
+        )
+
+    def _note_failure(self, reports: Sequence[DeviceReport]) -> None:
+        reasons = Counter(report.failed for report in reports if report.failed is not None)
+        if reasons:
+            self.last_failure = reasons.most_common(1)[0][0]
+
+    def check_learned(self) -> None:
+        """Raise ConfigError if no device completed any round of the run: there is nothing to deploy."""
+        if self.device_rounds:
+            return
+        raise ConfigError(
+            f"no device completed any of the {self.round} rounds, so nothing was learnt and nothing is deployed (at "
+            f"last: {self.last_failure}); lower train.learning_rate where devices diverge, raise "
+            "fleet.memory_cap_mib or train.deadline_s where memory or time is short; metrics.jsonl has "
+            "every reason under 'failed'"
         )
 
     def advance(self) -> None:
         """Go to the next stage; the block just trained is frozen."""
         self.stage += 1
         self.stage_round = 0
+        self.stage_device_rounds = 0
         self.ran_out.clear()
         self.clock.enter_stage(self.stage)
 
@@ -244,6 +313,8 @@ class Coordinator:
             "peak_sum_bytes": self.peak_sum_bytes,
             "device_rounds": self.device_rounds,
             "small_batch_rounds": self.small_batch_rounds,
+            "stage_device_rounds": self.stage_device_rounds,
+            "last_failure": self.last_failure,
             "pace": _plain("pace.policy", self.policy, self.pace.state_dict),
             "clock": self.clock.state_dict(),
             "selector": _plain("select.name", self.config.select.name, self.selector.state_dict),
@@ -254,6 +325,9 @@ class Coordinator:
         for name in ("round", "stage", "stage_round", "ended", "peak_bytes", "peak_sum_bytes", "device_rounds"):
             setattr(self, name, state[name])
         self.small_batch_rounds = state.get("small_batch_rounds", 0)  # an older version did not count them
+        # a checkpoint of an earlier version does not say; some device has probably completed
+        self.stage_device_rounds = state.get("stage_device_rounds", self.device_rounds)
+        self.last_failure = state.get("last_failure")
         self.ran_out = set(state["ran_out"])
         self.trained = set(state["trained"])
         self.clock.load_state_dict(state["clock"])

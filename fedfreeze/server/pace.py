@@ -26,7 +26,7 @@ def block_perturbation(updates: Sequence[np.ndarray]) -> float:
         piece = np.stack([update[begin : begin + _CHUNK_ELEMENTS] for update in updates]).astype(np.float64)
         net += float(np.abs(piece.sum(axis=0)).sum())
         travelled += float(np.abs(piece).sum())
-    return net / travelled if travelled > 0 else 0.0
+    return min(1.0, net / travelled) if travelled > 0 else 0.0  # the two sums round apart
 
 
 class PerturbationWindow:
@@ -56,7 +56,9 @@ class StageRound:
     stage_round: int
     """Rounds of this stage so far, this one included."""
     perturbation: float | None
+    """None: the window is not full, or the round is sparse: too few devices completed (`pace.min_share`)."""
     train_loss: float | None
+    """None: the round is sparse."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class PacePolicy(ABC):
         self.total_rounds = total_rounds
         self.active_parameters = active_parameters
         self.history: list[float] = []
+        """What a policy remembers of the stage; it is in every checkpoint, so keep only what is still looked at."""
         self.checks_passed = 0
 
     def observe(self, seen: StageRound) -> PaceDecision:
@@ -128,11 +131,24 @@ class Perturbation(PacePolicy):
         if seen.perturbation is None:
             return self.passed(False, seen, None)
         self.history.append(seen.perturbation)
+        self._forget()
         if len(self.history) < config.slope_window:
             return self.passed(False, seen, None)
         slope = slope_per_round(self.history[-config.slope_window :])
         level = max(config.relative_level * max(self.history), config.noise_level / math.sqrt(config.window))
         return self.passed(seen.perturbation < level and abs(slope) <= config.slope_limit, seen, slope)
+
+    def _forget(self) -> None:
+        """Keep of the stage's history what is still looked at: its highest value and the last W.
+
+        With all of it, each round and each checkpoint would cost more than the one before.
+        """
+        window = self.config.slope_window
+        if len(self.history) > window + 1:
+            highest = max(self.history)
+            self.history = self.history[-window:]
+            if highest not in self.history:
+                self.history.insert(0, highest)
 
 
 class Plateau(PacePolicy):
@@ -144,6 +160,7 @@ class Plateau(PacePolicy):
             return self.passed(False, seen, None)
         self.history.append(seen.train_loss)
         span = self.config.slope_window
+        del self.history[:-span]  # what is older is not looked at any more
         if len(self.history) < span:
             return self.passed(False, seen, None)
         recent = self.history[-span:]

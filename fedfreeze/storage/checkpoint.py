@@ -165,7 +165,8 @@ class CheckpointStore:
         return self.folder / "updates" / f"round-{number:06d}.safetensors"
 
     def _rounds(self) -> list[Path]:
-        return sorted(self.folder.glob("round-*"))
+        # by number: with seven digits the later round comes first in the alphabet
+        return sorted(self.folder.glob("round-*"), key=lambda folder: (len(folder.name), folder.name))
 
     def _drop_old(self) -> None:
         kept = self._rounds()[-self.keep :]

@@ -1,5 +1,7 @@
 """Partitions: every sample goes to exactly one device, and each partition spreads as it says."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,6 +88,41 @@ def test_an_alpha_at_which_every_draw_underflows_gives_whole_classes_to_seeded_d
     counts = class_counts(spread("dirichlet", 10, alpha=1e-300))
     assert (np.sort(counts, axis=0)[-1] == 100).all()
     assert len(np.unique(counts.argmax(axis=0))) > 1
+
+
+@pytest.mark.parametrize("alpha", [1e300, 1e307, 1.7e308])
+def test_an_alpha_at_which_the_sum_of_the_draws_overflows_gives_even_shares(alpha):
+    """It is the limit of large alpha; all samples on one device would be that of a small one."""
+    counts = class_counts(spread("dirichlet", 10, alpha=alpha))
+    assert (counts == 10).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("iid", {}, "2bd391f2689bcbfd"),
+        ("dirichlet", {"alpha": 0.01}, "7dc291003db527df"),
+        ("dirichlet", {"alpha": 1e-6}, "423a0e3faa6cc0db"),
+        ("dirichlet", {"alpha": 1e6}, "733ec55839e24810"),
+        ("shards", {}, "4baef48109772a00"),
+        ("shards", {"shards_per_device": 20}, "6993114a1c8b2f28"),
+    ],
+)
+def test_partitions_are_those_that_earlier_versions_made(name, options, expected):
+    labels = np.random.default_rng(0).integers(0, 10, 3000)
+    digest = hashlib.sha256()
+    for part in spread(name, 500, labels, **options):
+        digest.update(np.int64(len(part)).tobytes() + part.astype(np.int64).tobytes())
+    assert digest.hexdigest()[:16] == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_devices_as_samples(name):
+    """100,000 devices: with an array for each device and class it would take minutes and gigabytes."""
+    labels = np.random.default_rng(0).integers(0, 50, 100_000)
+    parts = spread(name, 100_000, labels, alpha=0.01)
+    assert len(parts) == 100_000
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(100_000))
 
 
 def test_dirichlet_shares_follow_the_draw():

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedfreeze.config.schema import DataConfig
+from fedfreeze.data.partition import partition
 from fedfreeze.data.partition_summary import draw_partition, summarise
 from fedfreeze.data.store import Data, Split
 from fedfreeze.errors import ConfigError
@@ -38,6 +40,20 @@ def test_counts_and_lines_of_each_device() -> None:
     }
     assert [row["memory_cap_mib"] for row in rows] == ["1.5", "", "2.0"]
     assert sum(int(row[f"label_{i}"]) for row in rows for i in range(4)) == len(LABELS)
+
+
+@pytest.mark.parametrize("config", [DataConfig(alpha=a) for a in (0.01, 1e-6)] + [DataConfig(partition="shards")])
+def test_every_sample_and_every_device_stands_in_the_file_once(config: DataConfig) -> None:
+    labels = np.random.default_rng(0).integers(0, 10, 1437)
+    summary = summarise(partition(labels, 500, config, 0), data(labels, 10))
+    rows = list(csv.DictReader(io.StringIO(summary.csv([1.0] * 500))))
+    assert [int(row["device"]) for row in rows] == list(range(500))
+    assert sum(int(row["samples"]) for row in rows) == 1437
+    for label in range(10):
+        assert sum(int(row[f"label_{label}"]) for row in rows) == (labels == label).sum()
+    for row in rows:
+        counts = [int(row[f"label_{label}"]) for label in range(10)]
+        assert (int(row["samples"]), int(row["labels"])) == (sum(counts), np.count_nonzero(counts))
 
 
 def test_many_classes_are_told_by_device_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -388,6 +388,48 @@ def test_neither_values_nor_checks_passed_are_lost_between_save_and_load(name, c
     assert (cut + len(rest), rest[-1].reason) == (6, "converged")
 
 
+class Whole(pace.Perturbation):
+    """The same, with all of the stage's history."""
+
+    def _forget(self) -> None:
+        return
+
+
+@given(
+    values=st.lists(st.none() | st.floats(0.05, 1), min_size=1, max_size=60),
+    window=st.integers(2, 6),
+    checks=st.integers(1, 4),
+    relative_level=st.sampled_from([0.5, 0.9, 1.0]),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_is_forgotten_of_a_stage_is_not_looked_at(values, window, checks, relative_level):
+    options = {"slope_window": window, "checks": checks, "relative_level": relative_level, "slope_limit": 0.3}
+    forgetful = make_policy("perturbation", noise_level=0.1, **options)
+    whole = Whole(forgetful.config, forgetful.total_rounds, forgetful.active_parameters)
+    assert decide(forgetful, values) == decide(whole, values)
+
+
+def test_a_state_of_an_earlier_version_with_all_of_the_history_is_taken():
+    values = [1.0, *[0.44] * 50]
+    options = {"slope_window": 4, "checks": 3, "relative_level": 0.45, "noise_level": 0.1, "min_rounds": 60}
+    before, after = make_policy("perturbation", **options), make_policy("perturbation", **options)
+    decide(before, values)
+    after.load_state_dict({"history": values, "checks_passed": 0})
+    # 0.44 is low beside the 1.0 of the first round alone; 60, 61 and 62 are the checks
+    rest = decide(after, [0.44] * 20, first=52)
+    assert (51 + len(rest), rest[-1].reason) == (62, "converged")
+    assert rest == decide(before, [0.44] * 20, first=52)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_state_does_not_grow_with_the_rounds_of_a_stage(name):
+    policy = make_policy(name, total_rounds=10**5, slope_window=5, min_rounds=10**5)
+    decide(policy, [0.9, *([0.5] * 20)])
+    early = len(json.dumps(policy.state_dict()))
+    decide(policy, [0.5] * 2000, first=22)
+    assert len(json.dumps(policy.state_dict())) == early
+
+
 def test_a_saved_state_is_a_copy():
     policy = make_policy("perturbation", slope_window=3)
     decide(policy, [0.9, 0.8])

@@ -21,6 +21,14 @@ def test_only_the_newest_stay(tmp_path, keep):
         assert kept == [f"round-{n:06d}.safetensors" for n in needed]
 
 
+def test_the_millionth_round_is_the_newest(tmp_path):
+    store, _ = open_folder(tmp_path)
+    for number in (999_998, 999_999, 10**6):
+        save(store, number)
+    assert rounds_in(tmp_path) == ["round-1000000", "round-999999"]
+    assert_is(open_folder(tmp_path)[0].load_newest(), 10**6)
+
+
 def test_each_update_is_written_once(folder):
     facts = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (folder / "updates").iterdir()}
     store, _ = open_folder(folder)
