@@ -95,6 +95,8 @@ class DeviceReport:
     """Largest use of what its cap governs."""
     tensor_peak_bytes: int = 0
     """Largest sum of live tensor bytes."""
+    large_statistics: bool = False
+    """Its running statistics changed by more than the first of the two sums holds (aggregate.py)."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

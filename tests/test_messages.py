@@ -138,6 +138,7 @@ def test_a_report_is_of_a_device_that_completed_unless_it_says_otherwise():
         "steps": 0,
         "peak_bytes": 0,
         "tensor_peak_bytes": 0,
+        "large_statistics": False,
     }
 
 

@@ -1,6 +1,7 @@
 """A rank's emulator: trains the devices assigned to it, one after the other, each under its own cap."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from fedfreeze.device.probe import LOSSES, Probe
 from fedfreeze.errors import ConfigError
 from fedfreeze.messages import Assignment, DeviceReport, ProbePlan, RoundPlan
 from fedfreeze.methods import Method
-from fedfreeze.methods.aggregate import UPDATE_LIMIT, UpdateSum, usable
+from fedfreeze.methods.aggregate import STATISTICS_LIMIT, UPDATE_LIMIT, UpdateSum, first_unusable, passes_limit
 from fedfreeze.network.stage import LocalTrainer, Stage, cannot_learn, has_batch_norm, sees_one_value
 from fedfreeze.plugins import own_code
 from fedfreeze.seeds import global_seed, numpy_generator, torch_generator
@@ -123,16 +124,26 @@ class Emulator:
             return DeviceReport(assignment.device, len(rows), failed="a batch too small for batch normalisation")
         if report.failed is None:
             change = self.part.flat.values().cpu() - start
-            if index is not None:  # what is the device's alone is neither sent nor judged
+            if index is not None:
+                change[index < 0] = 0.0  # what is the device's alone is neither sent nor judged
+            # a method of the user's own may sum without room for large statistics
+            has_room = update.statistics_from < len(update.total)
+            statistics_from = self.part.flat.parameters if has_room else len(change)
+            beyond = first_unusable(change, statistics_from)
+            if beyond is not None:
+                return DeviceReport(assignment.device, len(rows), failed=self._diverged(change, beyond))
+            large = passes_limit(change[statistics_from:])
+            if index is not None:
                 change, index = change[index >= 0], index[index >= 0]
-            if not usable(change):
-                return DeviceReport(
-                    assignment.device,
-                    len(rows),
-                    failed=f"diverged: a weight is not a number, or changed by more than {UPDATE_LIMIT:g}",
-                )
             update.add(change, self.method.weight(len(rows)), index)
+            report = replace(report, large_statistics=large)
         return report
+
+    def _diverged(self, change: torch.Tensor, position: int) -> str:
+        """Say which tensor of the part has an element that cannot be summed."""
+        slot = next(slot for slot in self.part.flat.slots if position < slot.end)
+        limit = UPDATE_LIMIT if slot.is_parameter else STATISTICS_LIMIT
+        return f"diverged: {slot.path} is not a number, or changed by more than {limit:g} ({float(change[position]):g})"
 
     def _start_of(self, level: int, round_number: int, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the values that a device starts from, and where they belong in the stage; None: they are all of it."""

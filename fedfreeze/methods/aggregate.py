@@ -5,6 +5,8 @@ import torch
 # Larger changes of a single scalar in one round count as divergence; the bound leaves the rest of 63 bits to precision.
 UPDATE_LIMIT = 1024.0
 _LIMIT_BITS = 10
+# Running statistics have the scale of what passes through the network: the variance of raw pixels is in the thousands.
+STATISTICS_LIMIT = 2.0**40
 
 
 def fraction_bits(largest_weight_sum: int) -> int:
@@ -25,20 +27,37 @@ class UpdateSum:
     """Flat sum over devices of weight x update; with `counted`, also the weight that each element received.
 
     `exact` sums in 64-bit fixed point: the result does not depend on the order of devices or ranks, at twice the bytes
-    of float32. Methods that train a part of the elements on some devices use `counted` and `index`.
+    of float32. From `statistics_from` on, elements may pass UPDATE_LIMIT: what is over goes into a second sum, `over`,
+    which travels only in rounds that need it. Methods that train a part of the elements on some devices use `counted`
+    and `index`.
     """
 
-    def __init__(self, elements: int, bits: int, *, exact: bool = True, counted: bool = False):
+    def __init__(
+        self,
+        elements: int,
+        bits: int,
+        *,
+        exact: bool = True,
+        counted: bool = False,
+        statistics_from: int | None = None,
+    ):
         self.bits = bits
         self.exact = exact
         self.total = torch.zeros(elements, dtype=torch.int64 if exact else torch.float32)
         self.count = torch.zeros(elements, dtype=torch.int64) if counted else None
+        self.statistics_from = elements if statistics_from is None else statistics_from
+        self.over: torch.Tensor | None = None
+        """Sum, for the statistics, of whole multiples of UPDATE_LIMIT; None: there are none."""
 
     def add(self, update: torch.Tensor, weight: int, index: torch.Tensor | None = None) -> None:
         """Add one device's update (flat float32); `index` says where its elements belong, None: everywhere."""
         if self.exact:
             # exact: a float32 times a power of two is a double, and rounding it is the only loss
-            term = update.double().mul_(2.0**self.bits).round_().to(torch.int64).mul_(weight)
+            scaled = update.double().mul_(2.0**self.bits).round_()
+            statistics = update[self.statistics_from :] if index is None else update[index >= self.statistics_from]
+            if passes_limit(statistics):
+                self._add_over(scaled, weight, index)
+            term = scaled.to(torch.int64).mul_(weight)
         else:
             term = update * weight
         if index is None:
@@ -51,19 +70,48 @@ class UpdateSum:
             else:
                 self.count.index_add_(0, index, torch.full_like(index, weight))
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Return what the ranks must sum: the flat sum, and the counts where there are any."""
-        return [self.total] if self.count is None else [self.total, self.count]
+    def _add_over(self, scaled: torch.Tensor, weight: int, index: torch.Tensor | None) -> None:
+        """Take whole multiples of UPDATE_LIMIT out of scaled statistics, in place, and add them to `over`."""
+        step = UPDATE_LIMIT * 2.0**self.bits
+        places = torch.arange(len(scaled)) if index is None else index
+        statistics = places >= self.statistics_from
+        multiples = torch.where(statistics, torch.trunc(scaled / step), 0.0)  # exact, as the steps are powers of two
+        scaled.sub_(multiples * step)
+        term = multiples[statistics].to(torch.int64).mul_(weight)
+        self.make_over().index_add_(0, places[statistics] - self.statistics_from, term)
+
+    def make_over(self) -> torch.Tensor:
+        """Return the sum of what is over, zero where nothing was added."""
+        if self.over is None:
+            self.over = torch.zeros(len(self.total) - self.statistics_from, dtype=torch.int64)
+        return self.over
+
+    def tensors(self, *, over: bool = False) -> list[torch.Tensor]:
+        """Return what the ranks must sum: the flat sum, the counts where there are any, what is `over` if asked for."""
+        found = [self.total] if self.count is None else [self.total, self.count]
+        return [*found, self.make_over()] if over and self.exact else found
 
     def mean(self, weight_sum: int) -> torch.Tensor:
         """Return the weighted mean update, float32; zero where no device contributed."""
         weights = self.count.double() if self.count is not None else torch.tensor(weight_sum, dtype=torch.float64)
         total = self.total.double()
+        if self.over is not None:
+            total[self.statistics_from :] += self.over.double() * (UPDATE_LIMIT * 2.0**self.bits)
         if self.exact:
             total *= 2.0**-self.bits
         return torch.where(weights > 0, total / weights.clamp(min=1), 0.0).float()
 
 
-def usable(update: torch.Tensor) -> bool:
-    """Tell whether every element is a number within the bound of the fixed-point sum."""
-    return bool((update.abs() <= UPDATE_LIMIT).all())
+def first_unusable(update: torch.Tensor, statistics_from: int) -> int | None:
+    """Return the position of the first element that is no number or beyond its bound; None: all can be summed.
+
+    The bound is UPDATE_LIMIT, and STATISTICS_LIMIT from `statistics_from` on.
+    """
+    within = update.abs() <= UPDATE_LIMIT
+    within[statistics_from:] = update[statistics_from:].abs() <= STATISTICS_LIMIT
+    return None if bool(within.all()) else int((~within).nonzero()[0])
+
+
+def passes_limit(statistics: torch.Tensor) -> bool:
+    """Tell whether changes of running statistics need the second sum, `UpdateSum.over`."""
+    return bool((statistics.abs() > UPDATE_LIMIT).any())

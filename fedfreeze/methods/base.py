@@ -100,7 +100,9 @@ class Method(ABC):
     def empty_sum(self, stage: Stage, bits: int) -> UpdateSum:
         """Return the sum to which this rank's devices add."""
         exact = self.config.method.sum == "exact"
-        return UpdateSum(len(stage.flat), bits, exact=exact, counted=self.counted)
+        return UpdateSum(
+            len(stage.flat), bits, exact=exact, counted=self.counted, statistics_from=stage.flat.parameters
+        )
 
     def weight(self, samples: int) -> int:
         """Return a device's weight in the average."""

@@ -317,10 +317,9 @@ class Experiment:
         """Deploy the network and close the books. Raises ConfigError if no device completed any round."""
         assert self.coordinator is not None
         assert self.history is not None
-        self.folder.write_model(weight_bytes(named_once(self.method.deployed(stage))))
         if not self.coordinator.device_rounds:
             self.history.nothing_learned(self.coordinator)
         self.coordinator.check_learned()
-        self.folder.write_model(weight_bytes(self.method.deployed(stage).state_dict()))
+        self.folder.write_model(weight_bytes(named_once(self.method.deployed(stage))))
         summary = self.history.finish(self.coordinator, self.data, stage, self.fitted)
         self.reporter.finish(summary, self.history.stages, self.folder.path)

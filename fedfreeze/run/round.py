@@ -39,16 +39,17 @@ def run_round(
     mine = [emulator.train(assignment, plan, update) for assignment in plan.devices_of(ranks.rank)]
 
     # aggregation: active block + output module, once
-    for tensor in update.tensors():
-        ranks.all_reduce(tensor)
     reports = gather_reports(ranks, plan, mine)
+    summed = update.tensors(over=any(report.large_statistics for report in reports))
+    for tensor in summed:
+        ranks.all_reduce(tensor)
     weight_sum = sum(emulator.method.weight(report.samples) for report in reports if report.failed is None)
     change = emulator.apply(update, weight_sum)
 
     # pace controller: block perturbation over the active block, then the verdict
     verdict = Verdict(**ranks.decide(lambda: judge(coordinator, window, emulator, plan, reports, change)))
     accuracy = evaluate(ranks, emulator) if verdict.evaluate else None
-    return RoundResult(plan, reports, verdict, accuracy, sum(len(tensor) for tensor in update.tensors()))
+    return RoundResult(plan, reports, verdict, accuracy, sum(len(tensor) for tensor in summed))
 
 
 def plan_of(coordinator: Coordinator | None, *, begin: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfreeze.methods.aggregate import UPDATE_LIMIT, UpdateSum, fraction_bits, usable
+from fedfreeze.methods.aggregate import STATISTICS_LIMIT, UPDATE_LIMIT, UpdateSum, first_unusable, fraction_bits
 
 WITHIN_LIMIT = st.floats(-UPDATE_LIMIT, UPDATE_LIMIT, width=32)
 ELEMENTS = 4
@@ -195,14 +195,56 @@ def test_partial_sums_of_ranks_add_up():
 
 @pytest.mark.parametrize("value", [0.0, UPDATE_LIMIT, -UPDATE_LIMIT, 1e-30])
 def test_an_update_within_the_limit_is_usable(value):
-    assert usable(torch.tensor([0.0, value]))
+    assert first_unusable(torch.tensor([0.0, value]), 2) is None
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1024.001, -1024.001])
-def test_an_update_that_diverged_is_not(value):
-    assert not usable(torch.tensor([0.0, value]))
+@pytest.mark.parametrize("value", [UPDATE_LIMIT * 1.001, -2048.0, float("inf"), -float("inf"), float("nan")])
+def test_an_update_beyond_the_limit_or_no_number_is_not(value):
+    assert first_unusable(torch.tensor([0.0, value, value]), 3) == 1
+    assert first_unusable(torch.zeros(0), 0) is None
 
 
-def test_usable_answers_with_a_plain_bool():
-    assert usable(torch.zeros(0)) is True
-    assert usable(torch.tensor([float("nan")])) is False
+@pytest.mark.parametrize("value", [6e4, -1e9, STATISTICS_LIMIT])
+def test_statistics_have_a_range_of_their_own(value):
+    assert first_unusable(torch.tensor([0.0, value]), 1) is None
+    assert first_unusable(torch.tensor([value, 0.0]), 1) == 0
+    assert (
+        first_unusable(torch.tensor([0.0, value * 1.001 if abs(value) == STATISTICS_LIMIT else float("nan")]), 1) == 1
+    )
+
+
+LARGE = st.floats(-STATISTICS_LIMIT, STATISTICS_LIMIT, width=32)
+
+
+@given(
+    st.lists(st.tuples(WITHIN_LIMIT, LARGE, LARGE, st.integers(0, 5000)), min_size=1, max_size=8),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=100, deadline=None)
+def test_large_statistics_are_summed_exactly_in_any_order(devices, random):
+    weights = [device[-1] for device in devices]
+    bits = fraction_bits(sum(weights))
+    sums = []
+    for order in (devices, random.sample(devices, len(devices))):
+        total = UpdateSum(3, bits, statistics_from=1)
+        for *update, weight in order:
+            total.add(torch.tensor(update), weight)
+        total.make_over()
+        sums.append(total)
+    assert all(torch.equal(a, b) for a, b in zip(sums[0].tensors(over=True), sums[1].tensors(over=True), strict=True))
+    for position in range(3):
+        scaled = [round(Fraction(device[position]) * 2**bits) * device[-1] for device in devices]
+        over = 0 if position == 0 else int(sums[0].make_over()[position - 1]) * int(UPDATE_LIMIT) * 2**bits
+        assert int(sums[0].total[position]) + over == sum(scaled)
+    if sum(weights):
+        means = [float(sum(Fraction(d[p]) * d[-1] for d in devices) / sum(weights)) for p in range(3)]
+        largest = [max(abs(d[p]) for d in devices) for p in range(3)]
+        for mean, expected, size in zip(sums[0].mean(sum(weights)).tolist(), means, largest, strict=True):
+            assert mean == pytest.approx(expected, rel=1e-6, abs=size * 1e-6 + 2.0**-bits)
+
+
+def test_large_statistics_of_a_part_land_where_they_belong():
+    total = UpdateSum(4, fraction_bits(3), counted=True, statistics_from=2)
+    total.add(torch.tensor([1.0, 5e6]), 1, torch.tensor([0, 3]))
+    total.add(torch.tensor([3.0, 7e6, 2.0]), 2, torch.tensor([0, 3, 2]))
+    assert total.mean(3).tolist() == pytest.approx([7 / 3, 0.0, 2.0, 19e6 / 3])
