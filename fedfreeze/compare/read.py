@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked
 from fedfreeze.config.file import config_values, read_yaml
 from fedfreeze.config.schema import Config
 from fedfreeze.errors import ConfigError, DataError, one_line
-from fedfreeze.storage.files import json_object
+from fedfreeze.storage.files import json_object, read_lines
 
 # Strict, but for keys that it does not know: a later revision may write more.
 _STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
@@ -27,19 +27,33 @@ Device = Annotated[int, Field(ge=0, lt=10**6)]
 
 
 @checked(frozen=True, kw_only=True, config=_STRICT)
-class RoundRecord:
-    """What is compared of a round."""
+class _RoundLine:
+    """What a round's line must hold."""
 
     round: Count
     stage: Count
     accuracy: Share | None
     perturbation: float | None
     peak_memory_mib: dict[Device, Amount]
-    """Of the devices that completed."""
     cap_mib: dict[Device, Amount | None]
     bytes_up: Count
     bytes_down: Count
     emulated_s: Amount | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """What is compared of a round; without the caps, which are the fleet's, as there may be 100,000 of these."""
+
+    round: int
+    stage: int
+    accuracy: float | None
+    perturbation: float | None
+    peak_memory_mib: dict[int, float]
+    """Of the devices that completed."""
+    bytes_up: int
+    bytes_down: int
+    emulated_s: float | None
     """None: of a revision without an emulated clock."""
 
 
@@ -127,9 +141,12 @@ def read_run(path: Path) -> Run:
     summary = _read_summary(path / "summary.json")
     if any(":" in str(config.get(key)) for key in ("model.factory", "method.name", "select.name", "pace.policy")):
         config["own_code"] = _code_of(summary)
-    rounds, stages, notices = _read_metrics(path / "metrics.jsonl", summary)
-    devices, classes = _read_devices(path / "partition.csv", config["fleet.devices"], rounds, notices)
-    _check_devices(path / "metrics.jsonl", rounds, len(devices))
+    metrics = _read_metrics(path / "metrics.jsonl", summary)
+    rounds, stages, notices = metrics.rounds, metrics.stages, metrics.notices
+    devices, classes = _read_devices(path / "partition.csv", config["fleet.devices"], metrics.caps_mib, notices)
+    if metrics.largest[0] >= len(devices):
+        device, number = metrics.largest
+        raise DataError(f"{path / 'metrics.jsonl'}: round {number} names device {device}; there are {len(devices)}")
     if summary.status != "finished":
         count = f"{len(rounds)} round{'s' * (len(rounds) > 1)}"
         notices.append(f"{path} is not finished (status {summary.status}): compared as far as it went, {count}")
@@ -203,43 +220,73 @@ def _defaults() -> dict[str, Any]:
 
 def _read_summary(path: Path) -> Summary:
     text = _text(path)
-    return _checked(Summary, json_object(text, str(path)), str(path))
+    json_object(text, str(path))
+    return _checked_text(Summary, text, str(path))
 
 
-def _read_metrics(path: Path, summary: Summary) -> tuple[list[RoundRecord], list[StageRecord], list[str]]:
-    """Return rounds, stages and notices. Raises DataError for a damaged file, ConfigError if no round is done."""
-    lines = _text(path).split("\n")
-    whole, rest = lines[:-1], lines[-1]
-    notices = []
-    if rest and summary.status != "finished" and not _is_json(rest):
-        notices.append(f"{path}: the last line is cut, as a kill leaves it; left out")
-    elif rest:
-        whole.append(rest)
-    rounds: list[RoundRecord] = []
-    stages: list[StageRecord] = []
+@dataclass
+class _Metrics:
+    """What metrics.jsonl has told so far."""
+
+    rounds: list[RoundRecord] = field(default_factory=list)
+    stages: list[StageRecord] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    caps_mib: dict[int, float | None] = field(default_factory=dict)
+    """Of the devices that were selected."""
+    largest: tuple[int, int] = (-1, 0)
+    """The largest number of a device, and the first round that names it."""
+
+    def add_round(self, found: _RoundLine) -> None:
+        """Take a round."""
+        self.caps_mib.update(found.cap_mib)
+        largest = max([*found.peak_memory_mib, *found.cap_mib], default=-1)
+        if largest > self.largest[0]:
+            self.largest = (largest, found.round)
+        self.rounds.append(
+            RoundRecord(
+                found.round,
+                found.stage,
+                found.accuracy,
+                found.perturbation,
+                found.peak_memory_mib,
+                found.bytes_up,
+                found.bytes_down,
+                found.emulated_s,
+            )
+        )
+
+
+def _read_metrics(path: Path, summary: Summary) -> _Metrics:
+    """Return what the lines hold. Raises DataError for a damaged file, ConfigError if no round is done."""
+    metrics = _Metrics()
     ended = False
-    for number, line in enumerate(whole, 1):
-        where = f"{path} line {number}"
-        record = json_object(line, where)
-        kind = record.get("kind")
+    count = 0
+    for line in read_lines(path):
+        if not line.ended and summary.status != "finished" and not _is_json(line.text):
+            metrics.notices.append(f"{path}: the last line is cut, as a kill leaves it; left out")
+            break
+        count = line.number
+        where = f"{path} line {line.number}"
+        kind = json_object(line.text, where).get("kind")
         if not isinstance(kind, str):
             raise DataError(f"{where}: lacks 'kind', which every record of a run has")
         if kind == "round":
-            found = _checked(RoundRecord, record, where)
-            if found.round != len(rounds) + 1:
-                raise DataError(f"{where}: round {found.round} where round {len(rounds) + 1} should be")
-            rounds.append(found)
+            found = _checked_text(_RoundLine, line.text, where)
+            if found.round != len(metrics.rounds) + 1:
+                raise DataError(f"{where}: round {found.round} where round {len(metrics.rounds) + 1} should be")
+            metrics.add_round(found)
         elif kind == "stage":
-            stages.append(_checked(StageRecord, record, where))
+            metrics.stages.append(_checked_text(StageRecord, line.text, where))
         ended = kind == "run_end"
-    if summary.status == "finished" and (not ended or summary.rounds not in (None, len(rounds))):
+    done = len(metrics.rounds)
+    if summary.status == "finished" and (not ended or summary.rounds not in (None, done)):
         raise DataError(
-            f"{path} ends after round {len(rounds)}, line {len(whole)}, without the end of the run; summary.json says "
+            f"{path} ends after round {done}, line {count}, without the end of the run; summary.json says "
             f"finished after {summary.rounds} rounds: lines are missing"
         )
-    if not rounds:
+    if not metrics.rounds:
         raise ConfigError(f"{path} holds no finished round; there is nothing to compare yet")
-    return rounds, stages, notices
+    return metrics
 
 
 def _is_json(text: str) -> bool:
@@ -251,12 +298,11 @@ def _is_json(text: str) -> bool:
 
 
 def _read_devices(
-    path: Path, count: int, rounds: list[RoundRecord], notices: list[str]
+    path: Path, count: int, seen: dict[int, float | None], notices: list[str]
 ) -> tuple[tuple[DeviceRow, ...], int | None]:
     """Return the fleet, and the number of classes where the file tells it. Raises DataError."""
     if not path.exists():
         notices.append(f"{path} is missing: the caps of devices that never were selected are not known")
-        seen = {device: cap for record in rounds for device, cap in record.cap_mib.items()}
         return tuple(DeviceRow(number, seen.get(number)) for number in range(count)), None
     rows = csv.DictReader(io.StringIO(_text(path)))
     devices: list[DeviceRow] = []
@@ -276,13 +322,6 @@ def _read_devices(
     return tuple(devices), classes or None
 
 
-def _check_devices(path: Path, rounds: list[RoundRecord], count: int) -> None:
-    for record in rounds:
-        for device in (*record.peak_memory_mib, *record.cap_mib):
-            if device >= count:
-                raise DataError(f"{path}: round {record.round} names device {device}; there are {count}")
-
-
 def _text(path: Path) -> str:
     """Return a file's text. Raises DataError."""
     try:
@@ -300,10 +339,11 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _checked(kind: type, values: dict[str, Any], where: str) -> Any:
+def _checked_text(kind: type, text: str, where: str) -> Any:
+    """Return a JSON object as a record of this kind. Raises DataError."""
     try:
         # as JSON: there, strict still takes the text "3" for the key 3 of a mapping
-        return _adapter(kind).validate_json(json.dumps(values))
+        return _adapter(kind).validate_json(text)
     except (ValidationError, ValueError) as error:
         if not isinstance(error, ValidationError):
             raise DataError(f"{where}: {one_line(error)[:120]}") from None

@@ -1,11 +1,46 @@
-"""Files that are written whole or not at all, and JSON objects that are checked when they are read."""
+"""Files that are written whole or not at all, and lines and JSON objects that are checked when they are read."""
 
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedfreeze.errors import DataError, one_line
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a text file, without its end."""
+
+    number: int
+    """From 1."""
+    text: str
+    ended: bool
+    """Whether a line feed ends it; the last one's may be missing."""
+
+
+def read_lines(path: Path, size: int | None = None) -> Iterator[Line]:
+    """Yield the lines of a text file one by one, so that it need not fit into memory; of `size`: its first bytes.
+
+    Raises DataError where it is missing, cannot be read or is not text.
+    """
+    begin = 0
+    try:
+        with open(path, "rb") as file:
+            for number, content in enumerate(file, 1):
+                if size is not None and begin >= size:
+                    return
+                whole = content if size is None else content[: size - begin]
+                yield Line(number, whole.removesuffix(b"\n").decode(), whole.endswith(b"\n"))
+                begin += len(content)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; the run folder is not whole") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text (byte {begin + error.start} is no UTF-8)") from None
 
 
 def json_object(text: str, where: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,13 +15,15 @@ from pydantic.dataclasses import dataclass as checked
 from fedfreeze.config.file import config_values, make_config, read_yaml, told_of_writer
 from fedfreeze.config.schema import RESUME_MAY_DIFFER, Config
 from fedfreeze.errors import ConfigError, DataError, ExitCode, one_line
-from fedfreeze.storage.files import json_object
+from fedfreeze.storage.files import json_object, read_lines
 from fedfreeze.storage.run_folder import RunFolder
 from fedfreeze.track.live import is_id, known_id
 
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Amount = Annotated[float, Field(ge=0, le=1e18)]
 Device = Annotated[int, Field(ge=0, lt=10**6)]
+
+_ROUND = '{"kind": "round", '  # how the line of a round begins
 
 
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True, allow_inf_nan=False))
@@ -43,25 +45,30 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The whole lines of a metrics.jsonl."""
+    """The whole lines of a metrics.jsonl. Of rounds there may be 100,000, so they stay in the file: see `records`."""
 
-    records: list[dict[str, Any]]
-    lines: list[str]
+    path: Path
+    starts: list[dict[str, Any]]
+    """The records `run_start`: of the first life of the run, the second, ..."""
+    stages: list[dict[str, Any]]
+    end: dict[str, Any] | None
+    """The record of the run's end; None if it has not come."""
+    rounds: int
+    """How many are done."""
+    count: int
+    """How many lines there are."""
+    head: str
+    """The lines up to that of the first round."""
     size: int
     """In bytes, of these lines."""
     sha256: str
     torn: bool
     """Whether a piece of a line stands after them."""
 
-    @property
-    def rounds(self) -> int:
-        """How many rounds are done."""
-        return sum(record["kind"] == "round" for record in self.records)
-
-    @property
-    def end(self) -> dict[str, Any] | None:
-        """The record of the run's end; None if it has not come."""
-        return self.records[-1] if self.records[-1]["kind"] == "run_end" else None
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records once more. Raises DataError where the file is no longer what it was."""
+        for line in read_lines(self.path, self.size):
+            yield json_object(line.text, f"{self.path} line {line.number}")
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,13 @@ class Source:
     wandb_id: str
 
 
-def read_source(path: Path, notice: Callable[[str], None]) -> Source:
-    """Return the run in a folder, as far as it went.
+def read_source(path: Path, notice: Callable[[str], None], checked_before: Mapping[str, Any] | None = None) -> Source:
+    """Return the run in a folder, as far as it went; `checked_before`: see read_metrics.
 
     Raises ConfigError if it is no run folder or no round is done, DataError for what is missing or damaged in one.
     """
     config = _read_config(path)
-    metrics = read_metrics(path / "metrics.jsonl")
+    metrics = read_metrics(path / "metrics.jsonl", checked_before)
     holder = _holder(path)
     if holder is not None:
         notice(f"{path} is in use by {holder}: synced as far as it is written; sync again when the run has ended")
@@ -97,7 +104,7 @@ def read_source(path: Path, notice: Callable[[str], None]) -> Source:
         status, code = "finished", 0
     elif status == "finished" and not metrics.torn:
         raise DataError(
-            f"{path / 'metrics.jsonl'} ends after round {metrics.rounds}, line {len(metrics.records)}, without the end "
+            f"{path / 'metrics.jsonl'} ends after round {metrics.rounds}, line {metrics.count}, without the end "
             "of the run; summary.json says finished: lines are missing"
         )
     elif status not in ("failed", "preempted") or not isinstance(code, int) or code == 0:
@@ -105,38 +112,68 @@ def read_source(path: Path, notice: Callable[[str], None]) -> Source:
     return Source(path, config, metrics, status, code, _id_of(path, config, metrics))
 
 
-def read_metrics(path: Path) -> Metrics:
-    """Return the whole lines of a metrics.jsonl, checked. Raises DataError that names the line."""
-    content = _bytes(path)
-    cut = content.rfind(b"\n") + 1
-    if cut < len(content) and _is_json(content[cut:]):
-        cut = len(content)  # only the end of the line is missing
-    try:
-        lines = content[:cut].decode().removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text (byte {error.start} is no UTF-8)") from None
-    records: list[dict[str, Any]] = []
-    rounds = 0
-    for number, line in enumerate(lines if cut else [], 1):
-        where = f"{path} line {number}"
-        record = json_object(line, where)
-        if number == 1 and record.get("kind") != "run_start":
-            raise DataError(f"{where}: its kind is {str(record.get('kind'))[:60]!r}, but a run begins with 'run_start'")
-        if not isinstance(record.get("kind"), str):
+def read_metrics(path: Path, checked_before: Mapping[str, Any] | None = None) -> Metrics:
+    """Return what the whole lines of a metrics.jsonl come to, each checked. Raises DataError that names the line.
+
+    `checked_before`: the note of a sync; lines of its `bytes` and `sha256` were checked then, and rounds are not again.
+    """
+    size, sha256, torn = _whole_lines(path)
+    known = checked_before or {}
+    checked = (known.get("bytes"), known.get("sha256")) == (size, sha256)
+    starts: list[dict[str, Any]] = []
+    stages: list[dict[str, Any]] = []
+    head: list[str] = []
+    rounds = count = 0
+    end = None
+    for line in read_lines(path, size):
+        count, where = line.number, f"{path} line {line.number}"
+        if checked and rounds and line.text.startswith(_ROUND):
+            rounds, end = rounds + 1, None
+            continue
+        record = json_object(line.text, where)
+        kind = record.get("kind")
+        if count == 1 and kind != "run_start":
+            raise DataError(f"{where}: its kind is {str(kind)[:60]!r}, but a run begins with 'run_start'")
+        if not isinstance(kind, str):
             raise DataError(f"{where}: lacks 'kind', which every record of a run has")
-        if record["kind"] == "round":
+        if not rounds:
+            head.append(line.text)
+        if kind == "round":
             rounds += 1
-            _check_round(record, rounds, where)
-        records.append(record)
-    if not records:
+            _check_round(line.text, rounds, where)
+        elif kind == "run_start":
+            starts.append(record)
+        elif kind == "stage":
+            stages.append(record)
+        end = record if kind == "run_end" else None
+    if not count:
         raise DataError(f"{path} holds no whole line; the run folder is not whole")
-    return Metrics(records, lines, cut, hashlib.sha256(content[:cut]).hexdigest(), cut < len(content))
+    return Metrics(path, starts, stages, end, rounds, count, "\n".join(head), size, sha256, torn)
 
 
-def _check_round(record: dict[str, Any], number: int, where: str) -> None:
+def _whole_lines(path: Path) -> tuple[int, str, bool]:
+    """Return bytes and sha256 of a file's whole lines, and whether a piece of a line stands after them."""
+    digest = hashlib.sha256()
+    size, rest = 0, b""
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                if line.endswith(b"\n") or _is_json(line):  # of which only the end is missing
+                    digest.update(line)
+                    size += len(line)
+                else:
+                    rest = line
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; the run folder is not whole") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+    return size, digest.hexdigest(), bool(rest)
+
+
+def _check_round(text: str, number: int, where: str) -> None:
     try:
         # as JSON: there, strict still takes the text "3" for the key 3 of a mapping
-        found = _round_adapter().validate_json(json.dumps(record))
+        found = _round_adapter().validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -183,15 +220,14 @@ def _id_of(path: Path, config: Config, metrics: Metrics) -> str:
     A run that was never tracked has the same id whenever it is synced, and another one than its twin of the same
     configuration: no two have the same first round, down to the wall time.
     """
-    said = [record.get("wandb_id") for record in metrics.records if record["kind"] == "run_start"]
+    said = [record.get("wandb_id") for record in metrics.starts]
     found = next((wandb_id for wandb_id in reversed(said) if wandb_id is not None), None) or known_id(path)
     if found is not None:
         if not is_id(found):
             raise DataError(f"{path / 'metrics.jsonl'}: wandb_id is {str(found)[:80]!r}, which wandb cannot take")
         return str(found)
     values = {section: value for section, value in config_values(config).items() if section not in RESUME_MAY_DIFFER}
-    first = next(number for number, record in enumerate(metrics.records) if record["kind"] == "round")
-    text = json.dumps(values, sort_keys=True, default=str) + "\n".join(metrics.lines[: first + 1])
+    text = json.dumps(values, sort_keys=True, default=str) + metrics.head
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -207,16 +243,6 @@ def _holder(path: Path) -> str | None:
     if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
         return None
     return f"pid {pid} on {host}"
-
-
-def _bytes(path: Path) -> bytes:
-    """Return a file's content. Raises DataError."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; the run folder is not whole") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
 
 
 def _is_json(content: bytes) -> bool:

@@ -92,7 +92,7 @@ def _tell(outcome: Outcome, *, quiet: bool) -> None:
 
 def _sync_run(path: Path, outcome: Outcome, project: str | None, entity: str | None, force: bool) -> None:
     """Sync one run folder. Raises ConfigError, DataError, UnavailableError or StorageError."""
-    source = read_source(path, outcome.notices.append)
+    source = read_source(path, outcome.notices.append, {} if force else _read_note(path))
     outcome.id, outcome.rounds = source.wandb_id, source.metrics.rounds
     track = source.config.track
     track = replace(track, project=project or track.project, entity=entity or track.entity)
@@ -157,9 +157,8 @@ def _log_all(source: Source, mode: str, notice: Callable[[str], None]) -> str | 
 
 
 def _replay(tracker: Tracker, source: Source) -> None:
-    start = [record for record in source.metrics.records if record["kind"] == "run_start"][-1]
-    tracker.start(public_facts(start), 0)
-    for record in source.metrics.records:
+    tracker.start(public_facts(source.metrics.starts[-1]), 0)
+    for record in source.metrics.records():
         if record["kind"] == "round":
             tracker.log_round(record)
         elif record["kind"] == "stage":
@@ -168,7 +167,7 @@ def _replay(tracker: Tracker, source: Source) -> None:
     if end is None:
         tracker.failed(source.exit_code)
     else:
-        tracker.finish(end, [record for record in source.metrics.records if record["kind"] == "stage"])
+        tracker.finish(end, source.metrics.stages)
 
 
 def _keep(place: Path, built: Path, wandb_id: str) -> tuple[str, ...]:

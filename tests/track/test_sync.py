@@ -14,8 +14,9 @@ import pytest
 
 from fedfreeze.cli import main
 from fedfreeze.config.schema import Config, TrackConfig
-from fedfreeze.errors import ExitCode
+from fedfreeze.errors import DataError, ExitCode
 from fedfreeze.track import live
+from fedfreeze.track import metrics as metrics_module
 from fedfreeze.track.live import Tracker, public_facts
 from fedfreeze.track.metrics import read_metrics, read_source
 from tests.support.synced_runs import END, START, WHOLE, own, rebuilt, sync_json, write_run
@@ -360,6 +361,38 @@ def test_metrics_that_grow_are_noted_by_their_whole_lines(tmp_path: Path) -> Non
     after = read_metrics(run / "metrics.jsonl")
     assert (before.size, before.sha256, before.torn) == (after.size, after.sha256, False)
     assert after.torn
+
+
+def test_rounds_that_a_sync_has_checked_are_not_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second sync of 100,000 rounds must not take as long as reading them does; what it tells is the same."""
+    checked: list[int] = []
+    check = metrics_module._check_round
+    monkeypatch.setattr(metrics_module, "_check_round", lambda *a: (checked.append(a[1]), check(*a)))
+    path = write_run(tmp_path / "run") / "metrics.jsonl"
+    first = read_metrics(path)
+    note = {"bytes": first.size, "sha256": first.sha256}
+    assert checked == [1, 2, 3, 4, 5, 6]
+    checked.clear()
+    assert read_metrics(path, note) == first
+    assert checked == [1]
+    checked.clear()
+    for other in ({}, note | {"sha256": "0"}, note | {"bytes": first.size - 1}):
+        assert read_metrics(path, other) == first
+    assert len(checked) == 3 * 6
+    path.write_text(path.read_text().replace('"round": 6', '"round": 7'))  # as many bytes
+    with pytest.raises(DataError, match="round 7 where round 6 should be"):
+        read_metrics(path, note)
+
+
+def test_records_are_read_again_as_far_as_they_were(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", WHOLE[:4]) / "metrics.jsonl"
+    metrics = read_metrics(path)
+    with open(path, "a") as file:
+        file.write(json.dumps(round_record(4)) + "\n")
+    assert [record["kind"] for record in metrics.records()] == [record["kind"] for record in WHOLE[:4]]
+    path.write_bytes(path.read_bytes()[: metrics.size - 20])  # a run that goes on cuts what came after its checkpoint
+    with pytest.raises(DataError, match="line 4 is not JSON"):
+        list(metrics.records())
 
 
 @needs_wandb
