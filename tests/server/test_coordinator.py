@@ -470,21 +470,6 @@ def test_a_state_that_went_through_json_gives_the_same_further_rounds(policy, cu
     assert second.state_dict() == whole.state_dict()
 
 
-@pytest.mark.parametrize("name", SELECTORS)
-@pytest.mark.parametrize("policy", ["perturbation", "plateau"])
-def test_a_state_does_not_grow_with_the_rounds_of_a_stage(name, policy):
-    """Or each round of a long stage would cost more than the one before: it is in every checkpoint."""
-    pace = {"policy": policy, "min_rounds": 10**6}
-    select = {"name": name, "blocklist_rounds": None}
-    mind = coordinator({"pace": pace, "select": select, "train": {"rounds": 10**6}}, caps=[9] * 10)
-    lengths = []
-    for number in range(1, 241):
-        plan = planned(mind)
-        mind.judge(completed(plan, mind, loss=1 + 1 / number), 0.5 + 1 / number)
-        lengths.append(len(json.dumps(mind.state_dict())))
-    assert max(lengths[-40:]) <= max(lengths[80:120]) + 100  # the digits of a number, not numbers
-
-
 def test_a_saved_state_does_not_change_as_the_run_goes_on():
     mind = coordinator()
     fake_round(mind)
