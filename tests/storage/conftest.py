@@ -1,11 +1,13 @@
-"""Fixtures of the tests of checkpoints."""
+"""Fixtures of the tests of checkpoints and run folders."""
 
 import os
 from pathlib import Path
 
 import pytest
 
+from fedfreeze.storage.run_folder import RunFolder
 from tests.support.checkpoints import open_folder, save
+from tests.support.locked import config
 
 
 @pytest.fixture
@@ -21,4 +23,20 @@ def folder(tmp_path) -> Path:
     store, _ = open_folder(path)
     for number in (1, 2, 3):
         save(store, number)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """Where a run folder will be."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def begun(path) -> Path:
+    """A folder in which a run has begun and been left."""
+    folder = RunFolder(path)
+    folder.open(config())
+    folder.claim(config())
+    folder.close()
     return path

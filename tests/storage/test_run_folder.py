@@ -3,65 +3,25 @@
 import errno
 import json
 import os
-import socket
 import time
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from fedfreeze.config.file import config_values, make_config
-from fedfreeze.config.schema import Config
 from fedfreeze.errors import ConfigError, ExitCode, StorageError
 from fedfreeze.storage import files
 from fedfreeze.storage.run_folder import RunFolder
+from tests.support.checks import assert_one_line
+from tests.support.locked import HOST, NO_PID, config, lock, start_of
 
-HOST = socket.gethostname()
-NO_PID = 2**22 + 1  # above the largest that Linux gives
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-
-
-def config(**values: Any) -> Config:
-    return make_config({"name": "trial", **values})
-
-
-def start_of(pid: int) -> str:
-    """When a process started: field 22 of its stat; its name, which may hold anything, ends at the last bracket."""
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[22 - 3]
-
-
-def lock(path: Path, **holder: Any) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    facts = {"host": HOST, "pid": os.getpid(), "started": start_of(os.getpid()), "job": None} | holder
-    (path / "lock").write_text(json.dumps(facts))
-    return path / "lock"
-
-
-def assert_one_line(error: BaseException, *parts: object) -> None:
-    assert "\n" not in str(error)
-    for part in parts:
-        assert str(part) in str(error)
-
-
-@pytest.fixture
-def path(tmp_path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def begun(path) -> Path:
-    """A folder in which a run has begun and been left."""
-    folder = RunFolder(path)
-    folder.open(config())
-    folder.claim(config())
-    folder.close()
-    return path
 
 
 # --- the lock

@@ -1,47 +1,17 @@
 """The lock of a run folder among containers of one kernel, which have names of their own, and among machines."""
 
 import errno
-import json
 import os
-import socket
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fedfreeze.config.file import make_config
-from fedfreeze.config.schema import Config
 from fedfreeze.errors import ConfigError
 from fedfreeze.storage.lock import take
 from fedfreeze.storage.run_folder import RunFolder
-
-HOST = socket.gethostname()
-NO_PID = 2**22 + 1  # above the largest that Linux gives
-
-
-def config() -> Config:
-    return make_config({"name": "trial"})
-
-
-def lock(path: Path, **holder: Any) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    started = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[22 - 3]
-    facts = {"host": HOST, "pid": os.getpid(), "started": started, "job": None} | holder
-    (path / "lock").write_text(json.dumps(facts))
-    return path / "lock"
-
-
-def assert_one_line(error: BaseException, *parts: object) -> None:
-    assert "\n" not in str(error)
-    for part in parts:
-        assert str(part) in str(error)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
+from tests.support.checks import assert_one_line
+from tests.support.locked import HOST, NO_PID, config, lock
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 LATER = {"at": time.time() + 1e6}

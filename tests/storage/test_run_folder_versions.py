@@ -8,30 +8,11 @@ import pytest
 import yaml
 
 import fedfreeze
-from fedfreeze.config.file import load_config, make_config, writer_of
-from fedfreeze.config.schema import Config
+from fedfreeze.config.file import load_config, writer_of
 from fedfreeze.errors import ConfigError
 from fedfreeze.storage.run_folder import RunFolder
-
-
-def config(**values: Any) -> Config:
-    return make_config({"name": "trial", **values})
-
-
-def assert_one_line(error: BaseException, *parts: object) -> None:
-    assert "\n" not in str(error)
-    for part in parts:
-        assert str(part) in str(error)
-
-
-@pytest.fixture
-def begun(tmp_path: Path) -> Path:
-    """A folder in which a run has begun and been left."""
-    folder = RunFolder(tmp_path / "run")
-    folder.open(config())
-    folder.claim(config())
-    folder.close()
-    return tmp_path / "run"
+from tests.support.checks import assert_one_line
+from tests.support.locked import config
 
 
 def without(path: Path, *keys: str, **more: Any) -> None:
