@@ -74,6 +74,7 @@ TESTED_IN = {
     **{f"network/models/{name}.py": ("network/test_models.py", "network/test_blocks.py") for name in MODEL_FILES},
     "network/modes.py": ("network/test_following.py",),
     "network/program.py": ("network/test_following.py",),
+    "network/state.py": ("network/test_following.py", "methods/test_fedavg_checkpointing.py"),
     "network/verify.py": ("network/test_following.py", "test_plugins.py"),
     "plan/table.py": ("plan/test_cut.py", "plan/test_calibrate.py", "test_cli.py"),
     "run/deploy.py": ("comm/test_ranks.py", "storage/test_torn_checkpoints.py", "methods/test_every_method.py"),

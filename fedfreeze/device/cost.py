@@ -84,11 +84,10 @@ class Costs:
 def measure_costs(
     config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any] | None = None
 ) -> Costs:
-    """Predict the cost of every stage and of the full model; nothing is trained, and nothing allocated
-    but for a network that branches on values.
+    """Predict the cost of every stage and of the full model; nothing is trained.
 
-    `fitted` is what `fit_method` returned. Raises ConfigError for a batch that the network's normalisation layers
-    cannot take.
+    Nothing is allocated either, but for a network that branches on values. `fitted` is what `fit_method` returned.
+    Raises ConfigError for a batch that the network's normalisation layers cannot take.
     """
     with _batch_told(config, image_shape):
         return _without_values(lambda: _measure(config, image_shape, num_classes, fitted or {}))

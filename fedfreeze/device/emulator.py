@@ -14,7 +14,7 @@ from fedfreeze.device.probe import LOSSES, Probe
 from fedfreeze.errors import ConfigError
 from fedfreeze.messages import Assignment, DeviceReport, ProbePlan, RoundPlan
 from fedfreeze.methods import Method
-from fedfreeze.methods.aggregate import STATISTICS_LIMIT, UPDATE_LIMIT, UpdateSum, first_unusable, passes_limit
+from fedfreeze.methods.aggregate import STATISTICS_LIMIT, UPDATE_LIMIT, UpdateSum, first_unusable
 from fedfreeze.network.stage import LocalTrainer, Stage, cannot_learn, has_batch_norm, sees_one_value
 from fedfreeze.plugins import own_code
 from fedfreeze.seeds import global_seed, numpy_generator, torch_generator
@@ -132,10 +132,9 @@ class Emulator:
             beyond = first_unusable(change, statistics_from)
             if beyond is not None:
                 return DeviceReport(assignment.device, len(rows), failed=self._diverged(change, beyond))
-            large = passes_limit(change[statistics_from:])
             if index is not None:
                 change, index = change[index >= 0], index[index >= 0]
-            update.add(change, self.method.weight(len(rows)), index)
+            large = update.add(change, self.method.weight(len(rows)), index)
             report = replace(report, large_statistics=large)
         return report
 

@@ -49,13 +49,18 @@ class UpdateSum:
         self.over: torch.Tensor | None = None
         """Sum, for the statistics, of whole multiples of UPDATE_LIMIT; None: there are none."""
 
-    def add(self, update: torch.Tensor, weight: int, index: torch.Tensor | None = None) -> None:
-        """Add one device's update (flat float32); `index` says where its elements belong, None: everywhere."""
+    def add(self, update: torch.Tensor, weight: int, index: torch.Tensor | None = None) -> bool:
+        """Add one device's update (flat float32); `index` says where its elements belong, None: everywhere.
+
+        Return whether it needed the second sum, `over`.
+        """
+        large = False
         if self.exact:
             # exact: a float32 times a power of two is a double, and rounding it is the only loss
             scaled = update.double().mul_(2.0**self.bits).round_()
             statistics = update[self.statistics_from :] if index is None else update[index >= self.statistics_from]
-            if passes_limit(statistics):
+            large = bool((statistics.abs() > UPDATE_LIMIT).any())
+            if large:
                 self._add_over(scaled, weight, index)
             term = scaled.to(torch.int64).mul_(weight)
         else:
@@ -69,6 +74,7 @@ class UpdateSum:
                 self.count += weight
             else:
                 self.count.index_add_(0, index, torch.full_like(index, weight))
+        return large
 
     def _add_over(self, scaled: torch.Tensor, weight: int, index: torch.Tensor | None) -> None:
         """Take whole multiples of UPDATE_LIMIT out of scaled statistics, in place, and add them to `over`."""
@@ -110,8 +116,3 @@ def first_unusable(update: torch.Tensor, statistics_from: int) -> int | None:
     within = update.abs() <= UPDATE_LIMIT
     within[statistics_from:] = update[statistics_from:].abs() <= STATISTICS_LIMIT
     return None if bool(within.all()) else int((~within).nonzero()[0])
-
-
-def passes_limit(statistics: torch.Tensor) -> bool:
-    """Tell whether changes of running statistics need the second sum, `UpdateSum.over`."""
-    return bool((statistics.abs() > UPDATE_LIMIT).any())

@@ -12,6 +12,7 @@ from fedfreeze.config.schema import Config
 from fedfreeze.methods.fedavg import FedAvg
 from fedfreeze.network.blocks import BlockedNetwork
 from fedfreeze.network.stage import Stage, leaves_in_order
+from fedfreeze.network.state import KeptTensors
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -41,27 +42,12 @@ class Checkpointed(nn.Module):
 
 
 def _contexts(segment: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    before = _Buffers(segment)
-    return nullcontext(), statistics_held(segment, before)
+    return nullcontext(), statistics_held(segment, _kept_buffers(segment))
 
 
-class _Buffers:
-    """The buffers of a segment but for those of the usual batch normalisation, which training does not read."""
-
-    def __init__(self, segment: nn.Module):
-        modules = [module for module in segment.modules() if module._buffers and not _is_usual(module)]
-        self._tables = [(module._buffers, dict(module._buffers)) for module in modules]
-        found = [buffer for table, _ in self._tables for buffer in table.values() if buffer is not None]
-        self._values = [(buffer, buffer.detach().clone()) for buffer in found]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Let the segment hold them again."""
-        for table, buffers in self._tables:
-            table.update(buffers)
-        for buffer, value in self._values:
-            # past autograd's check for changes: the pass that is repeated saves anew what it reads
-            buffer.data.copy_(value)
+def _kept_buffers(segment: nn.Module) -> KeptTensors:
+    """Note the buffers of a segment but for those of the usual batch normalisation, which training does not read."""
+    return KeptTensors([module for module in segment.modules() if not _is_usual(module)], ("_buffers",))
 
 
 def _is_usual(module: nn.Module) -> bool:
@@ -69,14 +55,14 @@ def _is_usual(module: nn.Module) -> bool:
 
 
 @contextmanager
-def statistics_held(segment: nn.Module, before: _Buffers | None = None) -> Iterator[None]:
+def statistics_held(segment: nn.Module, before: KeptTensors | None = None) -> Iterator[None]:
     """Keep the second forward pass from moving running statistics a second time: the bits are then those of FedAvg.
 
     It begins with the buffers that the first pass began with, and leaves those that the first pass left.
     """
     norms = [module for module in segment.modules() if isinstance(module, _BatchNorm) and _is_usual(module)]
     momenta = [norm.momentum for norm in norms]
-    after = _Buffers(segment)
+    after = _kept_buffers(segment)
     if before is not None:
         before.put_back()
     for norm in norms:

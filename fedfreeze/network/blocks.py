@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from fedfreeze.config.schema import ModelConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.network.chain import Link, chain_of
-from fedfreeze.network.following import untouched
 from fedfreeze.network.models import MODELS
 from fedfreeze.network.modes import Block, Exceptions, exceptions_of
 from fedfreeze.network.own_network import make_fake, own_network
 from fedfreeze.network.program import Region
+from fedfreeze.network.state import untouched
 from fedfreeze.network.verify import difference, repeats, unsaved
 from fedfreeze.plugins import own_code, told
 from fedfreeze.seeds import global_seed
@@ -85,18 +85,16 @@ class Outline:
         Raises ConfigError for names at which no block can begin. What could not be followed is one block.
         """
         if self.uncut is not None:
-            whole = (nn.Sequential(self.network),)
-            shapes = ((self.num_classes,),)
             return BlockedNetwork(
-                self.network,
-                whole,
-                nn.Sequential(),
-                ("network",),
-                shapes,
-                self.num_classes,
-                (),
-                self.image_shape,
-                self.uncut,
+                network=self.network,
+                blocks=(nn.Sequential(self.network),),
+                head=nn.Sequential(),
+                names=("network",),
+                shapes=((self.num_classes,),),
+                num_classes=self.num_classes,
+                places=(),
+                image_shape=self.image_shape,
+                uncut=self.uncut,
             )
         starts = _starts(self.network, self.links[: self.head_start], split)
         ends = [*starts[1:], self.head_start]
@@ -236,13 +234,17 @@ def check_whole(network: nn.Module, image_shape: ImageShape, num_classes: int) -
             logits = network(torch.full((_PROBED, *image_shape), 0.5))
         except Exception as error:
             where = next((name for name in reversed(running) if name), "the network")
-            raise ConfigError(
-                f"model: {where} fails on images of {_sizes(image_shape)} (channels x height x width): {told(error)}"
-            ) from None
+            raise _fails(where, image_shape, error) from None
         finally:
             for hook in hooks:
                 hook.remove()
     _check_logits(logits, image_shape, num_classes)
+
+
+def _fails(where: str, image_shape: ImageShape, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model: {where} fails on images of {_sizes(image_shape)} (channels x height x width): {told(error)}"
+    )
 
 
 def _check_logits(logits: Any, image_shape: ImageShape, num_classes: int) -> None:
@@ -272,9 +274,7 @@ def _probe(network: nn.Module, links: Sequence[Link], image_shape: ImageShape, n
                 x = link.module(x)
                 shapes.append(tuple(x.shape[1:]))
         except Exception as error:
-            raise ConfigError(
-                f"model: {where} fails on images of {_sizes(image_shape)} (channels x height x width): {told(error)}"
-            ) from None
+            raise _fails(where, image_shape, error) from None
     _check_logits(x, image_shape, num_classes)
     return shapes
 

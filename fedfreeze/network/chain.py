@@ -10,6 +10,7 @@ from torch import nn
 from fedfreeze.errors import ConfigError
 from fedfreeze.network.following import BATCH_SIZES, Followed, UnfollowedError, follow, is_plain_sequential
 from fedfreeze.network.program import Called, Held, Program, Region, Step, Value
+from fedfreeze.network.state import tensors_by_name
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def unfold(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 def _links(network: nn.Module, followed: dict[bool, Followed]) -> list[Link]:
     modules = dict(network.named_modules(remove_duplicate=False))
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    crossings = {mode: _crossings(each, network) for mode, each in followed.items()}
+    tensors = tensors_by_name(network)
+    crossings = {mode: _crossings(each, modules, tensors) for mode, each in followed.items()}
     begins = dict.fromkeys(followed, 0)
     incoming = dict.fromkeys(followed, 0)
     links = []
@@ -112,7 +113,9 @@ class _Crossing:
     shapes: tuple[tuple[int, ...], ...]
 
 
-def _crossings(followed: Followed, network: nn.Module) -> dict[int, _Crossing]:
+def _crossings(
+    followed: Followed, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]
+) -> dict[int, _Crossing]:
     """Return the positions between steps at which a network can be cut, each with the value that crosses it.
 
     There a single tensor of floats with a row for each image is alive, and no weight is used on both sides.
@@ -123,7 +126,7 @@ def _crossings(followed: Followed, network: nn.Module) -> dict[int, _Crossing]:
         for read in step.reads():
             if isinstance(read, Value):
                 last[read.index] = max(last.get(read.index, 0), number)
-    spans = _shared_spans(network, followed.steps)
+    spans = _shared_spans(followed.steps, modules, tensors)
     shapes: dict[int, tuple[tuple[int, ...], ...]] = {0: tuple((size,) for size in BATCH_SIZES)}
     alive, found = {0}, {}
     for place in range(1, end):
@@ -165,11 +168,11 @@ def _places_by_module(steps: Sequence[Step], places: Iterable[int]) -> dict[str,
     return {name: place for place, name in named.items() if name is not None and calls[name] == 1}
 
 
-def _shared_spans(network: nn.Module, steps: Sequence[Step]) -> set[tuple[int, int]]:
+def _shared_spans(
+    steps: Sequence[Step], modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]
+) -> set[tuple[int, int]]:
     """Return the first and last use of every tensor of the network that is used more than once."""
     uses: dict[int, list[int]] = {}
-    modules = dict(network.named_modules(remove_duplicate=False))
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     for number, step in enumerate(steps):
         for tensor in _tensors_of(step, modules, tensors):
             uses.setdefault(tensor, []).append(number)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from fedfreeze.network.program import Called, Held, ImagesDevice, OfBatch, Step, Value, leaves, mapped
+from fedfreeze.network.state import tensors_by_name, untouched
 from fedfreeze.seeds import global_seed
 
 # Two sizes, so that a number that follows the size of the batch is told from one that is fixed; not 1, which training
@@ -72,56 +72,6 @@ def is_plain_sequential(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks)
 
 
-class Snapshot:
-    """What a network holds: the values of its tensors, its modules' modes, which parameters need gradients."""
-
-    def __init__(self, network: nn.Module):
-        self._modes = [(module, module.training) for module in network.modules()]
-        tables: list[dict[str, Any]] = [
-            t for module in network.modules() for t in (module._parameters, module._buffers)
-        ]
-        self._tables = [(table, dict(table)) for table in tables]
-        self._tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        if any(isinstance(tensor, FakeTensor) for tensor in self._tensors.values()):
-            self._tensors = {}  # they have no values
-        self._values = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
-        self._needs = {name: tensor.requires_grad for name, tensor in self._tensors.items()}
-
-    def changed(self, network: nn.Module) -> dict[str, torch.Tensor]:
-        """Return a copy of each tensor of the network that has another value now."""
-        now = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        return {name: now[name].detach().clone() for name, value in self._values.items() if not same(now[name], value)}
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for module, mode in self._modes:
-            module.training = mode
-        for table, before in self._tables:
-            table.update(before)
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(self._values[name])
-                if tensor.is_leaf:
-                    tensor.requires_grad_(self._needs[name])
-
-
-@contextmanager
-def untouched(network: nn.Module) -> Iterator[None]:
-    """Put a network back to what it was, whatever is done with it inside."""
-    snapshot = Snapshot(network)
-    try:
-        yield
-    finally:
-        snapshot.restore()
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two tensors are equal bit for bit, but for what is not a number."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other) or (one.is_floating_point() and torch.equal(one.nan_to_num(), other.nan_to_num()))
-
-
 @dataclass(frozen=True)
 class _Recording:
     steps: list[Step]
@@ -137,8 +87,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.network = network
         self.names = {id(module): name for name, module in network.named_modules()}
-        held = [*network.named_parameters(), *network.named_buffers()]
-        self.held = {id(tensor): name for name, tensor in held}
+        self.held = {id(tensor): name for name, tensor in tensors_by_name(network).items()}
         self.buffers = [(module, dict(module._buffers)) for module in network.modules()]
         self.steps: list[Step] = []
         self.shapes: list[tuple[tuple[int, ...], ...]] = []

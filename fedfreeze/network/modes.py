@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fedfreeze.errors import ConfigError
-from fedfreeze.network.following import untouched
+from fedfreeze.network.state import untouched
 
 # For each module of which a network's own `train()` makes something else than the mode: what it makes of each mode.
 Exceptions = Mapping[nn.Module, Mapping[bool, bool]]

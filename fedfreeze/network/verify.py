@@ -1,6 +1,6 @@
 """Holds a cut network against the user's own before anything is trained: outputs, gradients, buffers afterwards."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fedfreeze.network.chain import Link
-from fedfreeze.network.following import Snapshot, same, untouched
 from fedfreeze.network.modes import Block
 from fedfreeze.network.program import Region, Step, leaves
+from fedfreeze.network.state import Snapshot, same, tensors_by_name, untouched
 from fedfreeze.seeds import global_seed, torch_generator
 
 # Batches of random images; a size that following did not see (program.OfBatch), and one that it did.
@@ -48,9 +48,9 @@ def difference(
         for name, gradient in own.gradients.items():
             if not _close(gradient, cut.gradients[name]):
                 return f"the gradient of {name} differs{_users(links, network, name)}"
-        for name in sorted({*own.changed, *cut.changed}):
-            if name not in own.changed or name not in cut.changed or not same(own.changed[name], cut.changed[name]):
-                return f"{name} differs after a training step{_users(links, network, name)}"
+        apart = _first_apart(own.changed, cut.changed)
+        if apart is not None:
+            return f"{apart} differs after a training step{_users(links, network, apart)}"
     return None
 
 
@@ -59,11 +59,7 @@ def repeats(network: nn.Module, image_shape: tuple[int, int, int]) -> str | None
     snapshot = Snapshot(network)
     images = _images(0, _BATCHES[0], image_shape)
     one, other = (_passed(network, network, images, snapshot, gradients=False) for _ in range(2))
-    changed = {*one.changed, *other.changed}
-    if not same(one.logits, other.logits) or any(
-        name not in one.changed or name not in other.changed or not same(one.changed[name], other.changed[name])
-        for name in changed
-    ):
+    if not same(one.logits, other.logits) or _first_apart(one.changed, other.changed) is not None:
         return (
             f"two passes of {type(network).__name__} from the same weights and seed differ: it draws random numbers "
             "from elsewhere than torch, or keeps state outside of its buffers"
@@ -74,13 +70,18 @@ def repeats(network: nn.Module, image_shape: tuple[int, int, int]) -> str | None
 def unsaved(network: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
     """Return why the state of a network would be lost where a run is resumed; None where it would not."""
     saved = network.state_dict(keep_vars=True).values()
-    changed = _passed(
-        network, network, _images(0, _BATCHES[0], image_shape), Snapshot(network), gradients=False
-    ).changed
+    images = _images(0, _BATCHES[0], image_shape)
+    changed = _passed(network, network, images, Snapshot(network), gradients=False).changed
     for name, buffer in network.named_buffers():
         if name in changed and not any(buffer is other for other in saved):
             return f"its buffer {name} changes in training and is not saved (persistent=False)"
     return None
+
+
+def _first_apart(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the first name that stands in one of the two only, or for another value."""
+    names = sorted({*one, *other})
+    return next((n for n in names if n not in one or n not in other or not same(one[n], other[n])), None)
 
 
 def _images(number: int, size: int, image_shape: tuple[int, int, int]) -> torch.Tensor:
@@ -121,7 +122,7 @@ def _close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _users(links: Sequence[Link], network: nn.Module, name: str) -> str:
     """Return `(link, file:line)` of what uses a tensor of the network, where it is known."""
-    tensor = {**dict(network.named_parameters()), **dict(network.named_buffers())}[name]
+    tensor = tensors_by_name(network)[name]
     for link in links:
         if any(tensor is held for held in [*link.module.parameters(), *link.module.buffers()]):
             where = link.module.programs[True].steps[0].where if isinstance(link.module, Region) else None
@@ -131,7 +132,7 @@ def _users(links: Sequence[Link], network: nn.Module, name: str) -> str:
 
 def _first_difference(network: nn.Module, chain: Block, links: Sequence[Link], images: torch.Tensor) -> str:
     """Return the first call after which the two differ."""
-    own: list[tuple[str, torch.Tensor]] = []
+    own: list[torch.Tensor] = []
     with untouched(network), global_seed(0, "verify"), torch.no_grad(), _watched(network, own):
         network.train(True)
         network(images)
@@ -143,7 +144,7 @@ def _first_difference(network: nn.Module, chain: Block, links: Sequence[Link], i
             seen: list[tuple[str, torch.Tensor]] = []
             x = _observed(link, x, seen)
             for label, value in seen:
-                match = next((i for i in range(number, len(own)) if same(own[i][1], value)), None)
+                match = next((i for i in range(number, len(own)) if same(own[i], value)), None)
                 if match is None:
                     return f"what {label} puts out differs from what the forward computes there"
                 number = match + 1
@@ -152,7 +153,7 @@ def _first_difference(network: nn.Module, chain: Block, links: Sequence[Link], i
 
 def _observed(link: Link, x: torch.Tensor, seen: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
     def observe(step: Step, out: Sequence[Any]) -> None:
-        seen.extend((f"{step.label} at {step.where}", leaf.clone()) for leaf in out if isinstance(leaf, torch.Tensor))
+        seen.extend((f"{step.label} at {step.where}", value) for value in _copies(out))
 
     if isinstance(link.module, Region):
         return link.module(x, observe)
@@ -162,21 +163,19 @@ def _observed(link: Link, x: torch.Tensor, seen: list[tuple[str, torch.Tensor]])
 
 
 @contextmanager
-def _watched(network: nn.Module, told: list[tuple[str, torch.Tensor]]) -> Iterator[None]:
+def _watched(network: nn.Module, told: list[torch.Tensor]) -> Iterator[None]:
     """Note what every torch function and module of a pass puts out, in order."""
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            told.extend(("", leaf.clone()) for leaf in _tensors(out))
+            told.extend(_copies(out))
             return out
 
-    hooks = [
-        module.register_forward_hook(
-            lambda *arguments: told.extend(("", leaf.clone()) for leaf in _tensors(arguments[-1]))
-        )
-        for module in network.modules()
-    ]
+    def tell(module: nn.Module, args: Any, out: Any) -> None:
+        told.extend(_copies(out))
+
+    hooks = [module.register_forward_hook(tell) for module in network.modules()]
     try:
         with Watch():
             yield
@@ -185,5 +184,5 @@ def _watched(network: nn.Module, told: list[tuple[str, torch.Tensor]]) -> Iterat
             hook.remove()
 
 
-def _tensors(out: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in leaves(out) if isinstance(leaf, torch.Tensor)]
+def _copies(out: Any) -> list[torch.Tensor]:
+    return [leaf.clone() for leaf in leaves(out) if isinstance(leaf, torch.Tensor)]
