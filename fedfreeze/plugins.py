@@ -115,14 +115,9 @@ def own_code(key: str, name: str) -> Iterator[None]:
         yield
     except FedfreezeError:
         raise
-    except RuntimeError as error:
-        if needs_values(error):
-            raise  # it did nothing wrong: whoever runs it on tensors without values runs it again with some
-        if not is_own(name):
-            raise
-        raise ConfigError(f"{key}: {name} raised {told(error)}") from None
     except (Exception, SystemExit) as error:  # a script that is imported may end the program
-        if not is_own(name):
+        # who needs values did nothing wrong: whoever runs it on tensors without any runs it again with some
+        if not is_own(name) or needs_values(error):
             raise
         raise ConfigError(f"{key}: {name} raised {told(error)}") from None
 

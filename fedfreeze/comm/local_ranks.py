@@ -12,7 +12,7 @@ from multiprocessing import current_process, get_context
 from multiprocessing.process import BaseProcess
 
 from fedfreeze.comm.launcher import Launch
-from fedfreeze.comm.signals import set_handler
+from fedfreeze.comm.signals import put_back, set_handler
 from fedfreeze.errors import ConfigError, ExitCode, FedfreezeError
 
 # How long surviving local ranks may take to notice a lost one and leave by themselves.
@@ -73,8 +73,7 @@ def run_local_ranks(world_size: int, rank_main: Callable[[Launch], int]) -> int:
             return _wait(ranks, before)
         finally:
             for number, handler in handlers.items():
-                if handler is not None:
-                    set_handler(number, handler)
+                put_back(number, handler)
 
 
 def _local_rank(launch: Launch, rank_main: Callable[[Launch], int], parent: int, unblocked: set[int]) -> None:

@@ -16,6 +16,12 @@ def set_handler(number: int, handler: Any) -> Any:
     return None
 
 
+def put_back(number: int, handler: Any) -> None:
+    """Give a signal the handler that it had; none was not ours to set, or was set by other than Python, and stays."""
+    if handler is not None:
+        set_handler(number, handler)
+
+
 @contextlib.contextmanager
 def handler_kept(number: int) -> Iterator[None]:
     """Put a signal's handler back as it was before, whatever was set inside."""
@@ -23,5 +29,4 @@ def handler_kept(number: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is not None:  # none: it was set by other than Python, and can only stay
-            set_handler(number, before)
+        put_back(number, before)

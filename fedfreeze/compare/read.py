@@ -13,9 +13,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from fedfreeze.config.file import config_values, read_yaml
-from fedfreeze.config.schema import Config
+from fedfreeze.config.schema import CODE_KEYS, Config
 from fedfreeze.errors import ConfigError, DataError, one_line
-from fedfreeze.storage.files import json_object, read_lines
+from fedfreeze.storage.files import decoded, json_object, read_lines, told_of_reading
 
 # Strict, but for keys that it does not know: a later revision may write more.
 _STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
@@ -139,7 +139,7 @@ def read_run(path: Path) -> Run:
     _check_run_folder(path)
     config = _read_config(path / "config.yaml")
     summary = _read_summary(path / "summary.json")
-    if any(":" in str(config.get(key)) for key in ("model.factory", "method.name", "select.name", "pace.policy")):
+    if any(":" in str(config.get(key)) for key in CODE_KEYS):
         config["own_code"] = _code_of(summary)
     metrics = _read_metrics(path / "metrics.jsonl", summary)
     rounds, stages, notices = metrics.rounds, metrics.stages, metrics.notices
@@ -324,14 +324,8 @@ def _read_devices(
 
 def _text(path: Path) -> str:
     """Return a file's text. Raises DataError."""
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; the run folder is not whole") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text (byte {error.start} is no UTF-8)") from None
+    with told_of_reading(path):
+        return decoded(path, path.read_bytes())
 
 
 @cache

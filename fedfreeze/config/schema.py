@@ -1,5 +1,6 @@
 """The configuration: typed dataclasses, one a concern, a docstring with the unit under every field."""
 
+from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field
@@ -387,6 +388,16 @@ class Config:
     """Checkpoints."""
     track: TrackConfig = Field(default_factory=TrackConfig)
     """Tracking."""
+
+
+# Keys that may name code of the user's own, package.module:Name.
+CODE_KEYS = ("model.factory", "method.name", "select.name", "pace.policy")
+
+
+def code_named(config: Config) -> tuple[str | None, ...]:
+    """Return what a configuration has under CODE_KEYS, in their order."""
+    named: tuple[str | None, ...] = attrgetter(*CODE_KEYS)(config)
+    return named
 
 
 # A resumed run may differ in these sections only; anything else would make it another run.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedfreeze.comm.ranks import Ranks
-from fedfreeze.config.schema import Config
+from fedfreeze.config.schema import Config, code_named
 from fedfreeze.data.identity import Identity, identify, is_same
 from fedfreeze.data.partition import partition_of
 from fedfreeze.data.partition_summary import summarise
@@ -176,8 +176,7 @@ class Experiment:
         assert self.coordinator is not None
         assert self.history is not None
         self._check_data()
-        model, pace, select = self.config.model, self.config.pace, self.config.select
-        self.history.note_code(code_digests([model.factory, self.config.method.name, select.name, pace.policy]))
+        self.history.note_code(code_digests(code_named(self.config)))
         found = self.checkpoints.load_newest(self._restore)
         self.folder.claim(self.config)
         self.folder.write_data(self._data_facts())

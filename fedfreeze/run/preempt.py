@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedfreeze.comm.signals import set_handler
+from fedfreeze.comm.signals import put_back, set_handler
 from fedfreeze.comm.slurm import seconds_left
 from fedfreeze.config.schema import CheckpointConfig
 from fedfreeze.errors import PreemptedError
@@ -73,8 +73,7 @@ class Preemption:
     def uninstall(self) -> None:
         """Give the signals back to whom they belonged."""
         for number, handler in self._before.items():
-            if handler is not None:  # none: not ours to set, or set by other than Python before
-                set_handler(number, handler)
+            put_back(number, handler)
 
     def _signalled(self, number: int, frame: object) -> None:
         urgent = number in (signal.SIGTERM, signal.SIGHUP)

@@ -17,7 +17,7 @@ from fedfreeze.comm.ranks import Ranks
 from fedfreeze.comm.signals import set_handler
 from fedfreeze.compute import choose_device, keep_freed_memory
 from fedfreeze.config.file import config_difference, config_values
-from fedfreeze.config.schema import Config
+from fedfreeze.config.schema import Config, code_named
 from fedfreeze.errors import (
     ConfigError,
     ExitCode,
@@ -80,7 +80,7 @@ def _told(session: "Session", config: Config, launch: Launch, reporter: Reporter
         if too_large is not None:
             reporter.crash(f"error: {too_large}")
             return too_large.exit_code
-        own = own_frame(error, [config.model.factory, config.method.name, config.select.name, config.pace.policy])
+        own = own_frame(error, code_named(config))
         blame = f"error in code of your own ({own})" if own else "internal error"
         session.why = f"{blame}: {one_line(error)}; see its log"
         reporter.crash(f"{blame}, rank {launch.rank} on {socket.gethostname()}:\n{traceback.format_exc()}")

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,7 @@ class Coordinator:
         Raises ConfigError if there is none that has both.
         """
         least = self.costs.least_samples[stage]
-        held = [device for device in self.eligible[stage] if self.samples[device] >= least]
+        held = self._with_samples(self.eligible[stage], least)
         if not held:
             needed = f"{least} samples, as batch normalisation does" if least > 1 else "a sample"
             most = max(self.samples[device] for device in self.eligible[stage])
@@ -101,7 +101,10 @@ class Coordinator:
             )
         if self.config.select.memory:
             return held
-        return [device for device, samples in enumerate(self.samples) if samples >= least]
+        return self._with_samples(range(len(self.fleet)), least)
+
+    def _with_samples(self, devices: Iterable[int], least: int) -> list[int]:
+        return [device for device in devices if self.samples[device] >= least]
 
     @property
     def trainable(self) -> set[int]:
@@ -109,8 +112,7 @@ class Coordinator:
         return {
             device
             for devices, least in zip(self.eligible, self.costs.least_samples, strict=True)
-            for device in devices
-            if self.samples[device] >= least
+            for device in self._with_samples(devices, least)
         }
 
     def _check_deadline(self) -> None:

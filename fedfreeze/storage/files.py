@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,30 @@ def read_lines(path: Path, size: int | None = None) -> Iterator[Line]:
     Raises DataError where it is missing, cannot be read or is not text.
     """
     begin = 0
+    with told_of_reading(path), open(path, "rb") as file:
+        for number, content in enumerate(file, 1):
+            if size is not None and begin >= size:
+                return
+            whole = content if size is None else content[: size - begin]
+            yield Line(number, decoded(path, whole.removesuffix(b"\n"), begin), whole.endswith(b"\n"))
+            begin += len(content)
+
+
+@contextmanager
+def told_of_reading(path: Path) -> Iterator[None]:
+    """Turn what reading a file of a run folder raises inside into one line. Raises DataError."""
     try:
-        with open(path, "rb") as file:
-            for number, content in enumerate(file, 1):
-                if size is not None and begin >= size:
-                    return
-                whole = content if size is None else content[: size - begin]
-                yield Line(number, whole.removesuffix(b"\n").decode(), whole.endswith(b"\n"))
-                begin += len(content)
+        yield
     except FileNotFoundError:
         raise DataError(f"{path} is missing; the run folder is not whole") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+
+
+def decoded(path: Path, content: bytes, begin: int = 0) -> str:
+    """Return the text of a file's bytes from `begin` on. Raises DataError."""
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text (byte {begin + error.start} is no UTF-8)") from None
 

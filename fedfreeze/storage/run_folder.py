@@ -74,11 +74,7 @@ class RunFolder:
 
     def claim(self, config: Config) -> None:
         """Write config.yaml: from now on the folder belongs to this run. Raises StorageError."""
-        path = self.path / "config.yaml"
-        try:
-            write_whole(path, written_config(config))
-        except OSError as error:
-            raise storage_error("write", path, error) from None
+        _write(self.path / "config.yaml", written_config(config))
 
     def _lock(self) -> list[str]:
         descriptor = lock.take(self._lock_path, wait=False)
@@ -112,11 +108,7 @@ class RunFolder:
         return notices
 
     def _holder(self) -> dict[str, Any] | None:
-        try:
-            holder = json.loads(self._lock_path.read_text())
-        except (OSError, ValueError):
-            return None
-        return holder if isinstance(holder, dict) else None
+        return _read_object(self._lock_path)
 
     def _check_last_holder(self, descriptor: int) -> list[str]:
         """What the file says counts too: the kernel's lock may not reach other hosts, or not exist on this disk.
@@ -238,48 +230,46 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return summary.json; None if there is none or it is not whole."""
-        try:
-            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return summary if isinstance(summary, dict) else None
+        return _read_object(self.summary_path)
 
     def read_data(self) -> dict[str, Any] | None:
         """Return data.json, what the run learns from; None if there is none or it is not whole."""
-        try:
-            data = json.loads(self.data_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return data if isinstance(data, dict) else None
+        return _read_object(self.data_path)
 
     def write_data(self, data: dict[str, Any]) -> None:
         """Write data.json, whole or not at all. Raises StorageError."""
-        try:
-            write_whole(self.data_path, json.dumps(data, indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            raise storage_error("write", self.data_path, error) from None
+        _write(self.data_path, _json_text(data))
 
     def write_partition(self, content: str) -> None:
         """Write partition.csv, whole or not at all. Raises StorageError."""
-        path = self.path / "partition.csv"
-        try:
-            write_whole(path, content)
-        except OSError as error:
-            raise storage_error("write", path, error) from None
+        _write(self.path / "partition.csv", content)
 
     def write_model(self, content: bytes) -> None:
         """Write model.safetensors, whole or not at all. Raises StorageError."""
-        try:
-            write_whole(self.model_path, content)
-        except OSError as error:
-            raise storage_error("write", self.model_path, error) from None
+        _write(self.model_path, content)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all. Raises StorageError."""
-        try:
-            write_whole(self.summary_path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            raise storage_error("write", self.summary_path, error) from None
+        _write(self.summary_path, _json_text(summary))
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _json_text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise storage_error("write", path, error) from None
 
 
 def _number(value: object) -> float:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked
 from fedfreeze.config.file import config_values, make_config, read_yaml, told_of_writer
 from fedfreeze.config.schema import RESUME_MAY_DIFFER, Config
 from fedfreeze.errors import ConfigError, DataError, ExitCode, one_line
-from fedfreeze.storage.files import json_object, read_lines
+from fedfreeze.storage.files import json_object, read_lines, told_of_reading
 from fedfreeze.storage.run_folder import RunFolder
 from fedfreeze.track.live import is_id, known_id
 
@@ -155,18 +155,13 @@ def _whole_lines(path: Path) -> tuple[int, str, bool]:
     """Return bytes and sha256 of a file's whole lines, and whether a piece of a line stands after them."""
     digest = hashlib.sha256()
     size, rest = 0, b""
-    try:
-        with open(path, "rb") as file:
-            for line in file:
-                if line.endswith(b"\n") or _is_json(line):  # of which only the end is missing
-                    digest.update(line)
-                    size += len(line)
-                else:
-                    rest = line
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; the run folder is not whole") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+    with told_of_reading(path), open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n") or _is_json(line):  # of which only the end is missing
+                digest.update(line)
+                size += len(line)
+            else:
+                rest = line
     return size, digest.hexdigest(), bool(rest)
 
 
