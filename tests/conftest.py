@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,12 @@ pytest_plugins = ["tests.support.by_room"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test may reach for the network
 torch.set_num_threads(1)  # test files run side by side, and threads that wait for a core cost more than they bring
+
+# Under nohup, or in the background of a script, these are ignored, and so would be in every program that the tests
+# start. Handlers are not handed on to another program: it begins with the default again.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
 
 
 # The files that take longest, so that none of them is begun when the others are done.

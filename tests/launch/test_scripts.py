@@ -222,8 +222,6 @@ def assert_nobody_left(folder: Path) -> None:
     ],
 )
 def test_a_signal_is_passed_on_and_waited_for(number: int, code: int, tmp_path: Path) -> None:
-    if signal.getsignal(number) == signal.SIG_IGN:
-        pytest.skip("this signal is ignored here, as under nohup, and no shell can trap it then")
     run = ["run", "digits", "--run-dir", "run"]
     process = start(tmp_path, "bash", "-c", UNTIL_DONE, "script", str(ROOT), str(FAKE), *run, ROUNDS="1000")
     wait_for(tmp_path / "run" / "round")
