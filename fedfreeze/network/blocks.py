@@ -17,7 +17,6 @@ from fedfreeze.network.chain import Link, chain_of
 from fedfreeze.network.models import MODELS
 from fedfreeze.network.modes import Block, Exceptions, exceptions_of
 from fedfreeze.network.own_network import make_fake, own_network
-from fedfreeze.network.program import Region
 from fedfreeze.network.state import untouched
 from fedfreeze.network.verify import difference, repeats, unsaved
 from fedfreeze.plugins import own_code, told
@@ -173,23 +172,34 @@ def outline_of(
     once a process. Raises ConfigError for one that does not map images (batch, *image_shape) to logits (batch,
     num_classes), or that cannot be followed.
     """
-    links = chain_of(network, image_shape)
-    shapes = _probe(network, links, image_shape, num_classes)
-    head_start = _head_start(links, shapes, num_classes)
-    exceptions = exceptions_of(network, [link.module for link in links if isinstance(link.module, Region)])
-    outline = Outline(
-        network, tuple(links), tuple(shapes), head_start, num_classes, tuple(usual_split), image_shape, exceptions
-    )
     fake = any(isinstance(tensor, FakeTensor) for tensor in network.parameters())
-    if not fake and (verified_as is None or verified_as not in _verified):
-        differs = difference(network, _block(links, exceptions), links, image_shape)
-        if differs is not None:
-            raise ConfigError(f"model: cut into blocks, the network would not train as its own forward does: {differs}")
-        _verified.add(verified_as)
-    return outline
+    enters = _verified.get(verified_as)
+    for enter in (True, False) if enters is None else (enters,):
+        links = chain_of(network, image_shape, enter=enter)
+        shapes = _probe(network, links, image_shape, num_classes)
+        head_start = _head_start(links, shapes, num_classes)
+        exceptions = exceptions_of(network, {link.module: link.owner for link in links if link.owner is not None})
+        differs = None
+        if not fake and enters is None:
+            differs = difference(network, _block(links, exceptions), links, image_shape)
+        if differs is None:
+            if not fake and verified_as is not None:
+                _verified[verified_as] = enter
+            return Outline(
+                network,
+                tuple(links),
+                tuple(shapes),
+                head_start,
+                num_classes,
+                tuple(usual_split),
+                image_shape,
+                exceptions,
+            )
+    raise ConfigError(f"model: cut into blocks, the network would not train as its own forward does: {differs}")
 
 
-_verified: set[Hashable] = set()
+# Of networks that were held against themselves: whether their modules were entered (chain.py).
+_verified: dict[Hashable, bool] = {}
 
 
 def _check_nothing_shared(network: nn.Module, parts: Sequence[nn.Module], names: Sequence[str]) -> None:
@@ -342,11 +352,18 @@ def _is_or_begins(link: Link, name: str) -> bool:
 def _places(links: Sequence[Link]) -> list[str]:
     """Return the modules with weights, each by the largest Sequential that it begins."""
     found = []
-    for i, link in enumerate(links):
+    begun: set[str] = set()
+    for link in links:
         if link.name is not None and link.has_weights:
-            outer = list(itertools.accumulate(link.name.split("."), "{}.{}".format))
-            found.append(next(name for name in outer if i == 0 or not _is_or_begins(links[i - 1], name)))
+            found.append(next(name for name in _outer(link.name) if name not in begun or name == link.name))
+        for name in [*([link.name] if link.name is not None else []), *link.other_names]:
+            begun.update(_outer(name))
     return found
+
+
+def _outer(name: str) -> list[str]:
+    """Return the names of the modules around one, the outermost first, and its own."""
+    return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 def _block_name(links: Sequence[Link], begin: int, end: int) -> str:

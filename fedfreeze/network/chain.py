@@ -2,14 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from fedfreeze.errors import ConfigError
-from fedfreeze.network.following import BATCH_SIZES, Followed, UnfollowedError, follow, is_plain_sequential
-from fedfreeze.network.program import Called, Held, Program, Region, Step, Value
+from fedfreeze.network.following import BATCH_SIZES, UnfollowedError, follow, is_plain_sequential, may_enter
+from fedfreeze.network.program import Called, Followed, Held, Program, Region, Step, Value
 from fedfreeze.network.state import tensors_by_name
 
 
@@ -21,7 +20,9 @@ class Link:
     """The module's name in the network; None for operations between modules, where no block can begin."""
     module: nn.Module
     other_names: tuple[str, ...] = ()
-    """The same module's further names in the network."""
+    """The same module's further names in the network, and those of modules that begin with it."""
+    owner: nn.Module | None = None
+    """Of operations: the module of whose forward they are, and whose mode they take."""
 
     @property
     def has_parameters(self) -> bool:
@@ -34,23 +35,24 @@ class Link:
         return any(parameter.dim() > 1 and parameter.requires_grad for parameter in self.module.parameters())
 
 
-def chain_of(network: nn.Module, image_shape: tuple[int, int, int]) -> list[Link]:
+def chain_of(network: nn.Module, image_shape: tuple[int, int, int], *, enter: bool = True) -> list[Link]:
     """Return the network as a chain whose links, applied in order, are its forward pass.
 
     Nested Sequentials are unfolded. Another module's own forward is followed, in training and in evaluation: each
     module that it calls is a link, with the tensor operations between them; where more than one value is alive (a
-    shortcut around several modules), all that it spans is one link. Raises ConfigError where the forward cannot be
-    followed.
+    shortcut around several modules), all that it spans is one link. With `enter`, a module that is itself a chain of
+    several with weights is its links. Raises ConfigError where the forward cannot be followed.
     """
-    if is_plain_sequential(network):
+    if is_plain_sequential(network) and not (enter and any(may_enter(module) for module in network.modules())):
         return [Link(name, module) for name, module in unfold(network)]
     try:
-        return _links(network, follow(network, image_shape))
+        followed = follow(network, image_shape)
     except UnfollowedError as error:
         raise ConfigError(
             f"model.factory: the forward of {type(network).__name__} cannot be followed ({error}); it may call modules "
             "and tensor operations in any order, but not branch on values; `method.name=fedavg` trains it as it is"
         ) from None
+    return _links(network, followed, _Contents(network, enter))
 
 
 def unfold(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -64,13 +66,21 @@ def unfold(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield f"{prefix}{name}", child
 
 
-def _links(network: nn.Module, followed: dict[bool, Followed]) -> list[Link]:
-    modules = dict(network.named_modules(remove_duplicate=False))
-    tensors = tensors_by_name(network)
-    crossings = {mode: _crossings(each, modules, tensors) for mode, each in followed.items()}
+class _Contents:
+    """Modules and tensors of a network by the names that steps use."""
+
+    def __init__(self, network: nn.Module, enter: bool):
+        self.modules = dict(network.named_modules(remove_duplicate=False))
+        self.tensors = tensors_by_name(network)
+        self.enter = enter
+
+
+def _links(owner: nn.Module, followed: dict[bool, Followed], contents: _Contents) -> list[Link]:
+    """Return the links of a forward: the network's, or that of a module in it."""
+    crossings = {mode: _crossings(each, contents) for mode, each in followed.items()}
     begins = dict.fromkeys(followed, 0)
     incoming = dict.fromkeys(followed, 0)
-    links = []
+    links: list[Link] = []
     for end in [*_common_places(followed, crossings), {mode: len(each.steps) for mode, each in followed.items()}]:
         programs = {}
         for mode, each in followed.items():
@@ -78,23 +88,27 @@ def _links(network: nn.Module, followed: dict[bool, Followed]) -> list[Link]:
             outgoing = each.outgoing if crossing is None else crossing.value
             programs[mode] = Program(each.steps[begins[mode] : end[mode]], incoming[mode], outgoing)
             begins[mode], incoming[mode] = end[mode], outgoing
-        links.append(_link(programs, modules, tensors))
-    return [link for link in links if link is not None]
+        links += _stretch(owner, programs, contents)
+    return links
 
 
-def _link(
-    programs: dict[bool, Program], modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]
-) -> Link | None:
-    """Return a stretch as the one module that it calls, or as a module of its own; None where it has no step."""
+def _stretch(owner: nn.Module, programs: dict[bool, Program], contents: _Contents) -> list[Link]:
+    """Return a stretch as the one module that it calls, that module's own links, or a module made of it."""
     first = next((program.steps[0] for program in programs.values() if program.steps), None)
     if first is None:
-        return None
-    name = first.module
+        return []
+    name, modules = first.module, contents.modules
     others = tuple(n for n, m in modules.items() if name is not None and m is modules[name] and n != name)
-    if name is not None and all(_only_calls(program, name) for program in programs.values()):
-        return Link(name, modules[name], others)
-    # a block can begin here only by the name of the module that runs first in it
-    return Link(name, Region(programs, modules, tensors), others)
+    if name is None or not all(_only_calls(program, name) for program in programs.values()):
+        # a block can begin here only by the name of the module that runs first in it
+        return [Link(name, Region(programs, modules, contents.tensors), others, owner)]
+    inside = {mode: program.steps[0].inside for mode, program in programs.items()}
+    known = {mode: each for mode, each in inside.items() if each is not None}
+    if contents.enter and len(known) == len(inside):
+        links = _links(modules[name], known, contents)
+        if sum(link.has_weights for link in links) > 1:
+            return [replace(links[0], other_names=(*links[0].other_names, name, *others)), *links[1:]]
+    return [Link(name, modules[name], others)]
 
 
 def _only_calls(program: Program, module: str) -> bool:
@@ -113,9 +127,7 @@ class _Crossing:
     shapes: tuple[tuple[int, ...], ...]
 
 
-def _crossings(
-    followed: Followed, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]
-) -> dict[int, _Crossing]:
+def _crossings(followed: Followed, contents: _Contents) -> dict[int, _Crossing]:
     """Return the positions between steps at which a network can be cut, each with the value that crosses it.
 
     There a single tensor of floats with a row for each image is alive, and no weight is used on both sides.
@@ -126,7 +138,7 @@ def _crossings(
         for read in step.reads():
             if isinstance(read, Value):
                 last[read.index] = max(last.get(read.index, 0), number)
-    spans = _shared_spans(followed.steps, modules, tensors)
+    spans = _shared_spans(followed.steps, contents)
     shapes: dict[int, tuple[tuple[int, ...], ...]] = {0: tuple((size,) for size in BATCH_SIZES)}
     alive, found = {0}, {}
     for place in range(1, end):
@@ -168,21 +180,19 @@ def _places_by_module(steps: Sequence[Step], places: Iterable[int]) -> dict[str,
     return {name: place for place, name in named.items() if name is not None and calls[name] == 1}
 
 
-def _shared_spans(
-    steps: Sequence[Step], modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]
-) -> set[tuple[int, int]]:
+def _shared_spans(steps: Sequence[Step], contents: _Contents) -> set[tuple[int, int]]:
     """Return the first and last use of every tensor of the network that is used more than once."""
     uses: dict[int, list[int]] = {}
     for number, step in enumerate(steps):
-        for tensor in _tensors_of(step, modules, tensors):
+        for tensor in _tensors_of(step, contents):
             uses.setdefault(tensor, []).append(number)
     return {(min(places), max(places)) for places in uses.values() if min(places) != max(places)}
 
 
-def _tensors_of(step: Step, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]) -> set[int]:
-    found = {id(tensors[read.name]) for read in step.reads() if isinstance(read, Held)}
+def _tensors_of(step: Step, contents: _Contents) -> set[int]:
+    found = {id(contents.tensors[read.name]) for read in step.reads() if isinstance(read, Held)}
     called = [read.name for read in step.reads() if isinstance(read, Called)]
     for name in [*called, *([step.module] if step.module is not None else [])]:
-        module = modules[name]
+        module = contents.modules[name]
         found |= {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
     return found

@@ -4,7 +4,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from fedfreeze.network.program import Called, Held, ImagesDevice, OfBatch, Step, Value, leaves, mapped
+from fedfreeze.network.program import Called, Followed, Held, ImagesDevice, OfBatch, Step, Value, leaves, mapped
 from fedfreeze.network.state import tensors_by_name, untouched
 from fedfreeze.seeds import global_seed
 
@@ -27,31 +27,20 @@ _TAKES_VALUES = {
     *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__"),
     *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose"),
 }
-# What changes torch's settings, which a step notes for itself.
+# What changes torch's settings, which a step notes for itself, and what marks a place for a profiler.
 _SETTINGS = ("_set_grad_enabled", "set_grad_enabled")
+_MARKS = "torch._ops.profiler"
 
 
 class UnfollowedError(Exception):
     """A forward, or what a step of it does, that cannot be written down; the message says where."""
 
 
-@dataclass(frozen=True)
-class Followed:
-    """A forward pass in one mode: value 0 are the images, `outgoing` are the logits."""
-
-    steps: tuple[Step, ...]
-    outgoing: int
-    shapes: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
-    """For each step and each leaf of what it returned the shape at each of BATCH_SIZES; () for what is no tensor."""
-    floats: frozenset[int]
-    """The values of type float32."""
-
-
 def follow(network: nn.Module, image_shape: tuple[int, int, int]) -> dict[bool, Followed]:
     """Return what the forward of a network calls in training (True) and in evaluation (False).
 
-    Plain Sequentials are gone into; any other module is one call. The network is left as it was. Raises
-    UnfollowedError, and whatever the forward raises.
+    Plain Sequentials are gone into; any other module is one call, with what it calls in turn where that can be told
+    (Step.inside). The network is left as it was. Raises UnfollowedError, and whatever the forward raises.
     """
     followed = {}
     for mode in (True, False):
@@ -72,35 +61,101 @@ def is_plain_sequential(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks)
 
 
-@dataclass(frozen=True)
 class _Recording:
-    steps: list[Step]
-    shapes: list[tuple[tuple[int, ...], ...]]
-    outgoing: int
-    floats: frozenset[int]
+    """What a forward calls, while it runs: that of the network, or of a module that it calls.
+
+    Values have numbers of their own in each, so that one does not depend on what happens inside of another.
+    """
+
+    def __init__(self, recorder: "_Recorder", owner: nn.Module, args: Any, kwargs: Any, *, is_followed: bool):
+        """`args`, `kwargs`: what the owner was called with."""
+        self.recorder = recorder
+        self.owner = owner
+        self.args, self.kwargs = args, kwargs
+        self.is_followed = is_followed
+        self.steps: list[Step] = []
+        self.inside: list[_Recording | None] = []
+        """For each step what the module called in turn, where that was followed."""
+        self.shapes: list[tuple[tuple[int, ...], ...]] = []
+        self.numbers: dict[int, int] = {}
+        self.alive: list[torch.Tensor] = []
+        """Every tensor that has a number; what is let go of could give its id to another."""
+        self.from_images: set[int] = {0}
+        self.outgoing = 0
+        if is_followed:
+            self.number(args[0])
+            inner = [module for module in owner.modules() if module is owner or is_plain_sequential(module)]
+            self.buffers = [(module, dict(module._buffers)) for module in inner]
+
+    @property
+    def floats(self) -> frozenset[int]:
+        """The values of type float32."""
+        return frozenset(number for number, tensor in enumerate(self.alive) if tensor.dtype == torch.float32)
+
+    def number(self, tensor: Any) -> int | None:
+        """Return the number of a value; None for what is none: no tensor, or one of the network's own, written into."""
+        if not isinstance(tensor, torch.Tensor) or id(tensor) in self.recorder.held:
+            return None
+        number = self.numbers.get(id(tensor))
+        if number is None:
+            number = self.numbers[id(tensor)] = len(self.alive)
+            self.alive.append(tensor)
+        return number
+
+    def told(self, leaf: Any) -> Any:
+        """Return what stands for an argument in a step. Raises UnfollowedError."""
+        names, held = self.recorder.names, self.recorder.held
+        if isinstance(leaf, torch.Tensor):
+            if id(leaf) in self.numbers:
+                return Value(self.numbers[id(leaf)])
+            if id(leaf) in held:
+                return Held(held[id(leaf)])
+            if any(id(leaf) in outer.numbers for outer in self.recorder.open):
+                raise UnfollowedError("it uses a tensor that it was not called with")
+            return leaf
+        if isinstance(leaf, nn.Module) and id(leaf) in names:
+            return Called(names[id(leaf)])
+        return ImagesDevice() if isinstance(leaf, torch.device) else leaf
+
+    def depends(self, args: Any, kwargs: Any) -> bool:
+        """Whether an argument comes from the images, from what trains, or from a draw."""
+        tensors = [leaf for leaf in [*leaves(args), *leaves(dict(kwargs))] if isinstance(leaf, torch.Tensor)]
+        held, numbers = self.recorder.held, self.numbers
+        return any(id(t) in held or numbers.get(id(t), -1) in self.from_images for t in tensors)
+
+    def end(self, out: Any) -> None:
+        """Note what came out. Raises UnfollowedError."""
+        if not isinstance(out, torch.Tensor):
+            raise UnfollowedError(f"it returns a {type(out).__name__}, not one tensor, the logits")
+        if id(out) not in self.numbers:
+            raise UnfollowedError("what it returns is not made by its steps from the images")
+        self._check_assignments()
+        self.outgoing = self.numbers[id(out)]
+
+    def _check_assignments(self) -> None:
+        """Refuse a buffer that the forward itself replaces, rather than writes into: no step tells of that."""
+        for module, before in self.buffers:
+            for buffer, tensor in before.items():
+                if module._buffers.get(buffer) is not tensor:
+                    full = f"{self.recorder.names[id(module)]}.{buffer}".lstrip(".")
+                    raise UnfollowedError(f"it assigns its buffer {full} anew; write self.{full}.copy_(...)")
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees every call of a torch function in the forward itself, and of every module that it calls."""
+    """Sees every call of a torch function in a forward, and of every module that it calls."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
         self.names = {id(module): name for name, module in network.named_modules()}
         self.held = {id(tensor): name for name, tensor in tensors_by_name(network).items()}
-        self.buffers = [(module, dict(module._buffers)) for module in network.modules()]
-        self.steps: list[Step] = []
-        self.shapes: list[tuple[tuple[int, ...], ...]] = []
-        self.numbers: dict[int, int] = {}
-        self.alive: list[torch.Tensor] = []
-        """Every tensor that has a number; what is let go of could give its id to another."""
-        self.from_images: set[int] = set()
-        self.open_calls: list[tuple[nn.Module | None, Any, Any]] = []
-        """The calls of modules in progress; what happens inside of one is its own."""
+        self.may_enter = {id(module) for module in network.modules() if may_enter(module)}
+        self.open: list[_Recording] = []
+        """The network's forward, and the calls of modules in progress, one inside the other."""
 
     def record(self, images: torch.Tensor) -> _Recording:
-        self._number(images)
-        self.from_images.add(0)
+        whole = _Recording(self, self.network, (images,), {}, is_followed=True)
+        self.open.append(whole)
         hooks = []
         for module in self.network.modules():
             if module is not self.network and not is_plain_sequential(module):
@@ -112,95 +167,102 @@ class _Recorder(TorchFunctionMode):
         finally:
             for hook in hooks:
                 hook.remove()
-        if not isinstance(out, torch.Tensor):
-            raise UnfollowedError(f"it returns a {type(out).__name__}, not one tensor, the logits")
-        if id(out) not in self.numbers:
-            raise UnfollowedError("what it returns is not made by its steps from the images")
-        self._check_assignments()
-        floats = {number for number, tensor in enumerate(self.alive) if tensor.dtype == torch.float32}
-        return _Recording(self.steps, self.shapes, self.numbers[id(out)], frozenset(floats))
-
-    def _check_assignments(self) -> None:
-        """Refuse a buffer that the forward itself replaces, rather than writes into: no step tells of that."""
-        for module, before in self.buffers:
-            name = self.names[id(module)]
-            if module is self.network or is_plain_sequential(module):
-                for buffer, tensor in before.items():
-                    if module._buffers.get(buffer) is not tensor:
-                        full = f"{name}.{buffer}".lstrip(".")
-                        raise UnfollowedError(f"it assigns its buffer {full} anew; write self.{full}.copy_(...)")
+        whole.end(out)
+        return whole
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self.open_calls or name in _SETTINGS:
+        current = self.open[-1]
+        if not current.is_followed or name in _SETTINGS or getattr(func, "__module__", "") == _MARKS:
             return func(*args, **kwargs)
-        if name in _TAKES_VALUES and self._depends(args, kwargs):
-            raise UnfollowedError(f"it branches on values, or takes them out of a tensor, at {_place()}")
+        if name in _TAKES_VALUES and current.depends(args, kwargs):
+            self._refuse(f"it branches on values, or takes them out of a tensor, at {_place()}")
+            return func(*args, **kwargs)
         return self._step(None, func, args, kwargs, lambda: func(*args, **kwargs))
 
-    def _step(self, module: str | None, function: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+    def _refuse(self, reason: str) -> None:
+        """Raise UnfollowedError; inside of a module that is called, take the call as a whole instead."""
+        if len(self.open) == 1:
+            raise UnfollowedError(reason)
+        self.open[-1].is_followed = False
+
+    def _step(
+        self,
+        module: str | None,
+        function: Any,
+        args: Any,
+        kwargs: Any,
+        run: Callable[[], Any],
+        inside: _Recording | None = None,
+    ) -> Any:
+        current = self.open[-1]
         where, gradients = _place(), torch.is_grad_enabled()
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise UnfollowedError(f"it uses torch.autocast at {where}; networks train in float32 here")
-        told = mapped(args, self._told), mapped(dict(kwargs), self._told)
-        drawn = torch.get_rng_state()
-        depends = module is not None or self._depends(args, kwargs)
+            self._refuse(f"it uses torch.autocast at {where}; networks train in float32 here")
+            return run()
+        try:
+            told = mapped(args, current.told), mapped(dict(kwargs), current.told)
+        except UnfollowedError as error:
+            self._refuse(str(error))
+            return run()
+        depends = module is not None or current.depends(args, kwargs)
+        drawn = None if depends else torch.get_rng_state()
         out = run()
         found = list(leaves(out))
         tensors = [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
         if not tensors and out is not None and module is None:
             return out  # a shape, a type: what is made of it is seen where it is used
-        depends = depends or not torch.equal(drawn, torch.get_rng_state())
-        outputs = tuple(self._number(leaf) for leaf in found)
+        depends = drawn is None or not torch.equal(drawn, torch.get_rng_state())
+        outputs = tuple(current.number(leaf) for leaf in found)
         if depends:
-            self.from_images.update(number for number in outputs if number is not None)
-        self.steps.append(Step(module, None if module is not None else function, *told, outputs, where, gradients))
-        self.shapes.append(tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else () for leaf in found))
+            current.from_images.update(number for number in outputs if number is not None)
+        current.steps.append(Step(module, None if module is not None else function, *told, outputs, where, gradients))
+        current.inside.append(inside)
+        current.shapes.append(tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else () for leaf in found))
         return out
 
     def custom_gradient(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Note the call of a torch.autograd.Function as one step; its gradient is its own."""
 
-        self.open_calls.append((None, args, kwargs))
-        try:
-            return self._step(None, function, args, kwargs, lambda: function(*args, **kwargs))
-        finally:
-            self.open_calls.pop()
+        def run() -> Any:
+            self.open.append(_Recording(self, self.network, args, kwargs, is_followed=False))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.open.pop()
+
+        return self._step(None, function, args, kwargs, run)
 
     def _begin_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.open_calls.append((module, args, kwargs))
+        takes_one = len(args) == 1 and isinstance(args[0], torch.Tensor) and not kwargs
+        is_followed = takes_one and self.open[-1].is_followed and id(module) in self.may_enter
+        self.open.append(_Recording(self, module, args, kwargs, is_followed=is_followed))
 
     def _end_module(self, module: nn.Module, _: Any, __: Any, out: Any) -> None:
-        _, args, kwargs = self.open_calls[-1]
-        if len(self.open_calls) == 1:
-            self._step(self.names[id(module)], None, args, kwargs, lambda: out)
-        self.open_calls.pop()
+        ended = self.open.pop()
+        if ended.is_followed:
+            try:
+                ended.end(out)
+            except UnfollowedError:
+                ended.is_followed = False
+        if self.open[-1].is_followed:
+            inside = ended if ended.is_followed else None
+            self._step(self.names[id(module)], None, ended.args, ended.kwargs, lambda: out, inside)
 
-    def _number(self, tensor: Any) -> int | None:
-        """Return the number of a value; None for what is none: no tensor, or one of the network's own, written into."""
-        if not isinstance(tensor, torch.Tensor) or id(tensor) in self.held:
-            return None
-        number = self.numbers.get(id(tensor))
-        if number is None:
-            number = self.numbers[id(tensor)] = len(self.alive)
-            self.alive.append(tensor)
-        return number
 
-    def _told(self, leaf: Any) -> Any:
-        """Return what stands for an argument in a step."""
-        if isinstance(leaf, torch.Tensor):
-            if id(leaf) in self.numbers:
-                return Value(self.numbers[id(leaf)])
-            return Held(self.held[id(leaf)]) if id(leaf) in self.held else leaf
-        if isinstance(leaf, nn.Module) and id(leaf) in self.names:
-            return Called(self.names[id(leaf)])
-        return ImagesDevice() if isinstance(leaf, torch.device) else leaf
+def may_enter(module: nn.Module) -> bool:
+    """Whether it is worth a look what a module calls in turn: one of the user's own, with several that have weights.
 
-    def _depends(self, args: Any, kwargs: Any) -> bool:
-        """Whether an argument comes from the images, from what trains, or from a draw."""
-        tensors = [leaf for leaf in [*leaves(args), *leaves(dict(kwargs))] if isinstance(leaf, torch.Tensor)]
-        return any(id(t) in self.held or self.numbers.get(id(t), -1) in self.from_images for t in tensors)
+    A layer of torch is a call, but for what only holds others; so are the layers of the networks that come with us.
+    """
+    if is_plain_sequential(module) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    is_wrapper = isinstance(module, nn.DataParallel | nn.TransformerEncoder)
+    if type(module).__module__.startswith(("torch.", f"{__package__}.")) and not is_wrapper:
+        return False
+    direct = [inner.parameters(recurse=False) for inner in module.modules()]
+    return sum(any(parameter.dim() > 1 for parameter in own) for own in direct) > 1
 
 
 _active = threading.local()
@@ -214,7 +276,7 @@ def _custom_gradients_seen(recorder: _Recorder) -> Iterator[None]:
 
     def seen(cls: Any, *args: Any, **kwargs: Any) -> Any:
         current: _Recorder | None = getattr(_active, "recorder", None)
-        if current is None or current.open_calls:
+        if current is None or not current.open[-1].is_followed:
             return _apply(cls, *args, **kwargs)
         if cls is CheckpointFunction:  # activations are stored here: what saves memory is the cut
             run, _, *inputs = args
@@ -250,12 +312,22 @@ def _joined(small: _Recording, large: _Recording) -> Followed:
     if len(small.steps) != len(large.steps) or small.outgoing != large.outgoing:
         raise UnfollowedError("how many calls it makes depends on the size of the batch")
     steps = []
-    for one, other in zip(small.steps, large.steps, strict=True):
+    for number, (one, other) in enumerate(zip(small.steps, large.steps, strict=True)):
         args = _same(one.args, other.args, one)
         kwargs: Mapping[str, Any] = _same(dict(one.kwargs), dict(other.kwargs), one)
-        steps.append(replace(one, args=args, kwargs=kwargs))
-    shapes = [tuple(zip(a, b, strict=True)) for a, b in zip(small.shapes, large.shapes, strict=True)]
-    return Followed(tuple(steps), small.outgoing, tuple(shapes), small.floats)
+        inside = _joined_inside(small.inside[number], large.inside[number])
+        steps.append(replace(one, args=args, kwargs=kwargs, inside=inside))
+    shapes = tuple(tuple(zip(a, b, strict=True)) for a, b in zip(small.shapes, large.shapes, strict=True))
+    return Followed(tuple(steps), small.outgoing, shapes, small.floats)
+
+
+def _joined_inside(small: _Recording | None, large: _Recording | None) -> Followed | None:
+    if small is None or large is None:
+        return None
+    try:
+        return _joined(small, large)
+    except UnfollowedError:
+        return None
 
 
 def _same(one: Any, other: Any, step: Step) -> Any:

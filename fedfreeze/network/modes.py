@@ -1,6 +1,6 @@
 """Training and evaluation mode of a network that is cut, as its own `train()` sets them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -32,11 +32,12 @@ class Block(nn.Sequential):
         return self
 
 
-def exceptions_of(network: nn.Module, standing_for_it: Sequence[nn.Module]) -> dict[nn.Module, dict[bool, bool]]:
+def exceptions_of(network: nn.Module, standing_for: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, dict[bool, bool]]:
     """Return which modules of a network do not follow `train(mode)`.
 
-    `standing_for_it`: modules that take the network's own mode, for they do what its forward does. Raises ConfigError
-    for a normalisation layer that `eval()` leaves in training, as its statistics would move in a frozen block.
+    `standing_for`: modules that take the mode of one of the network's, for they do what its forward does. Raises
+    ConfigError for a normalisation layer that `eval()` leaves in training, as its statistics would move in a frozen
+    block.
     """
     if not any(_has_own_modes(module) for module in network.modules()):
         return {}
@@ -53,7 +54,7 @@ def exceptions_of(network: nn.Module, standing_for_it: Sequence[nn.Module]) -> d
                 f"model.factory: eval() of {type(network).__name__} leaves {name} in training mode, so the statistics "
                 "of a frozen block would move; let its train() follow the mode where that is False"
             )
-    found |= dict.fromkeys(standing_for_it, found[network])
+    found |= {module: found[owner] for module, owner in standing_for.items()}
     return {module: modes for module, modes in found.items() if modes != {True: True, False: False}}
 
 

@@ -68,6 +68,8 @@ class Step:
     """File and line of the user's code that makes the call."""
     gradients: bool = True
     """False: the user's code makes the call under torch.no_grad."""
+    inside: "Followed | None" = None
+    """What the module calls in turn, from the one tensor that it takes, value 0 there, to the one that it gives."""
 
     def __deepcopy__(self, memo: Any) -> "Step":
         return self  # it names modules and tensors and holds none
@@ -84,6 +86,18 @@ class Step:
         for leaf in [*leaves(self.args), *leaves(dict(self.kwargs))]:
             if isinstance(leaf, Value | Held | Called | OfBatch | ImagesDevice):
                 yield leaf
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A forward pass in one mode: value 0 is what it takes, `outgoing` what it gives."""
+
+    steps: tuple[Step, ...]
+    outgoing: int
+    shapes: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
+    """For each step and each leaf of what it returned the shape at each size of the batch; () for what is no tensor."""
+    floats: frozenset[int]
+    """The values of type float32."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What is trained is what the user's forward says: each network, cut, against itself trained by plain PyTorch."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -244,6 +245,93 @@ class Hooked(Net):
         self.register_forward_hook(lambda module, args, out: out / 2)
 
 
+class Features(nn.Module):
+    """The two convolutions, in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        n = x.size(0)
+        h = functional.dropout(self.bn1(self.conv1(x * 2 * gain)), 0.3, self.training)
+        h.clamp_(-0.5, 2)
+        return functional.relu(self.conv2(h)).view(n, 16, -1)
+
+
+class Wrapped(Net):
+    def more(self) -> None:
+        del self.conv1, self.conv2
+        self.backbone = Features()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.backbone(x - 0.5).mean(2))
+
+
+class WrappedInEval(Wrapped):
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+class WrappedTwice(nn.Module):
+    """Classifier and all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.DataParallel(Wrapped())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+
+class InSequence(nn.Sequential):
+    """A plain Sequential of modules of the user's own."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(
+            OrderedDict(backbone=Features(), pool=nn.AdaptiveAvgPool1d(1), flat=nn.Flatten(), fc=nn.Linear(16, CLASSES))
+        )
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(8, 8, 3, padding=1)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(x + self.two(functional.relu(self.one(x))))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(16, 16, 3, padding=1)
+        self.two = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(functional.relu(self.one(x))) if x.sum() > -1 else -x
+
+
+class KeptWhole(Net):
+    """Modules of the user's own in which no block can begin: a shortcut spans one, the other branches on values."""
+
+    def more(self) -> None:
+        self.residual = Residual()
+        self.branching = Branching()
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        return self.residual(super().first(x))
+
+    def second(self, x: torch.Tensor) -> torch.Tensor:
+        return self.branching(super().second(x))
+
+
 def step(network: nn.Module, parameters: list[nn.Parameter], number: int) -> None:
     """Take one step of plain SGD."""
     torch.manual_seed(number)
@@ -261,9 +349,14 @@ def tensors(network: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
 
 
-NETWORKS: list[tuple[type[Net], list[str]]] = [
-    *((kind, ["conv1", "conv2"]) for kind in Net.__subclasses__() if kind not in (Tied, FoldedIntoBatch)),
+NETWORKS: list[tuple[type[nn.Module], list[str]]] = [
+    *((kind, ["conv1", "conv2"]) for kind in Net.__subclasses__() if kind not in (Tied, FoldedIntoBatch, Wrapped)),
     (FoldedIntoBatch, ["conv1"]),
+    (Wrapped, ["backbone.conv1", "backbone.conv2"]),
+    (WrappedInEval, ["backbone", "backbone.conv2"]),
+    (WrappedTwice, ["model", "model.module.backbone.conv2"]),
+    (InSequence, ["backbone", "backbone.conv2"]),
+    (KeptWhole, ["conv1", "residual", "conv2", "branching"]),
     (Tied, ["conv1", "conv2"]),
     (Tied, ["features.0", "features.2"]),
 ]
@@ -272,7 +365,7 @@ NETWORKS: list[tuple[type[Net], list[str]]] = [
 @pytest.mark.parametrize(
     ("kind", "split"), NETWORKS, ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value)
 )
-def test_a_cut_network_trains_as_plain_pytorch_does(kind: type[Net], split: list[str]) -> None:
+def test_a_cut_network_trains_as_plain_pytorch_does(kind: type[nn.Module], split: list[str]) -> None:
     plain, cut = kind(), kind()
     before = tensors(cut)
     outline = outline_of(cut, SHAPE, CLASSES)
@@ -314,6 +407,20 @@ def test_a_module_kept_in_evaluation_keeps_its_statistics() -> None:
     assert bool((network.bn1.running_mean == 0.25).all())
     assert not bool((network.bn2.running_mean == 0).all())
     assert (network.bn1.training, network.bn2.training) == (False, True)
+
+
+def test_own_modules_are_entered_where_they_are_a_chain() -> None:
+    assert outline_of(Wrapped(), SHAPE, CLASSES).places == ("backbone.conv1", "backbone.conv2")
+    assert outline_of(WrappedTwice(), SHAPE, CLASSES).places == (
+        "model.module.backbone.conv1",
+        "model.module.backbone.conv2",
+    )
+    assert outline_of(InSequence(), SHAPE, CLASSES).places == ("backbone.conv1", "backbone.conv2")
+    whole = outline_of(KeptWhole(), SHAPE, CLASSES)
+    assert whole.places == ("conv1", "residual", "conv2", "branching")
+    with pytest.raises(ConfigError) as caught:
+        whole.cut(["conv1", "branching.two"])
+    assert_one_line(caught.value, "no block can begin at 'branching.two'; blocks can begin at: conv1, residual")
 
 
 def test_shared_tensors_have_one_place_and_are_refused_across_a_freeze() -> None:
