@@ -14,7 +14,8 @@ from fedfreeze.config.schema import Config, ModelConfig, TrainConfig
 from fedfreeze.device.cap import count_peak
 from fedfreeze.errors import ConfigError
 from fedfreeze.methods import Method, full_model_stage, make_method, method_class
-from fedfreeze.network.blocks import BlockedNetwork, ImageShape, build_network
+from fedfreeze.network.blocks import BlockedNetwork, build_network
+from fedfreeze.network.probing import ImageShape
 from fedfreeze.network.stage import LocalTrainer, Stage, has_batch_norm, least_samples, sees_one_value
 from fedfreeze.plugins import needs_values, own_code
 from fedfreeze.seeds import global_seed

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fedfreeze.errors import ConfigError
-from fedfreeze.network.following import BATCH_SIZES, UnfollowedError, follow, is_plain_sequential, may_enter
+from fedfreeze.network.following import BATCH_SIZES, follow
 from fedfreeze.network.program import Called, Followed, Held, Program, Region, Step, Value
+from fedfreeze.network.recording import UnfollowedError, is_plain_sequential, may_enter
 from fedfreeze.network.state import tensors_by_name
 
 

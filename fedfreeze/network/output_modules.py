@@ -5,9 +5,10 @@ from torch import nn
 
 from fedfreeze.config.schema import MethodConfig
 from fedfreeze.errors import ConfigError
-from fedfreeze.network.blocks import BlockedNetwork, Shape
+from fedfreeze.network.blocks import BlockedNetwork
 from fedfreeze.network.models.resnet import BasicBlock, conv3x3, norm_layer
 from fedfreeze.network.models.vit import EncoderLayer, TokenMean
+from fedfreeze.network.probing import Shape
 from fedfreeze.seeds import global_seed
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fedfreeze.config.schema import TrainConfig
 from fedfreeze.network.flat import FlatPart
-from fedfreeze.network.following import is_plain_sequential
+from fedfreeze.network.recording import is_plain_sequential
 
 # torch._dynamo is not used here: torch imports it at the first optimizer step, which takes 2 s. Imported with this
 # module, before local ranks are forked, it is imported once and not by each of them in its first round.

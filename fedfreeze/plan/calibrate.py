@@ -15,7 +15,8 @@ from fedfreeze.config.schema import Config
 from fedfreeze.device.cost import Costs, trained_stage
 from fedfreeze.errors import UnavailableError
 from fedfreeze.methods import make_method, method_class
-from fedfreeze.network.blocks import ImageShape, build_network
+from fedfreeze.network.blocks import build_network
+from fedfreeze.network.probing import ImageShape
 from fedfreeze.network.stage import LocalTrainer, Stage
 from fedfreeze.plugins import own_code
 from fedfreeze.seeds import torch_generator

@@ -11,7 +11,8 @@ from fedfreeze.device.cost import Costs, fake_tensors, measure_costs, step_memor
 from fedfreeze.errors import ConfigError
 from fedfreeze.fleet.devices import Fleet
 from fedfreeze.methods import SmartFreeze, make_method
-from fedfreeze.network.blocks import ImageShape, Outline, build_outline
+from fedfreeze.network.blocks import Outline, build_outline
+from fedfreeze.network.probing import ImageShape
 
 _CORRECTIONS = 8  # how often the estimate of a cut is corrected by its exact measure before the best seen is taken
 
