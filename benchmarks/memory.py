@@ -97,7 +97,7 @@ def measure(config: Config, index: int, cost: StageCost, device: torch.device) -
         "passes_at_peak": holds(train, peak),
         "fails_below": not holds(train, peak - below),
     }
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.drop_gradients()
     method.leave_stage(stage)
     return row
 

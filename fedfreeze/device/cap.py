@@ -42,6 +42,11 @@ class TensorByteCounter(TorchDispatchMode):
         self.peak_bytes = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's own hook: nothing is compiled here, and to keep its compiler out torch would import all of it."""
+        return False
+
     def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that exist already. Raises DeviceOutOfMemoryError."""
         for tensor in tensors:

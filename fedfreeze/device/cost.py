@@ -1,4 +1,4 @@
-"""What a stage costs a device, before anything is trained: memory, FLOPs, bytes, by running it on fake tensors."""
+"""What a stage costs a device, before anything is trained: memory, FLOPs, bytes, by running a step or its shapes."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedfreeze.config.schema import Config, ModelConfig, TrainConfig
 from fedfreeze.device.cap import count_peak
+from fedfreeze.device.flops import count_flops
 from fedfreeze.errors import ConfigError
 from fedfreeze.methods import Method, full_model_stage, make_method, method_class
 from fedfreeze.network.blocks import BlockedNetwork, build_network
+from fedfreeze.network.models import MODELS
 from fedfreeze.network.probing import ImageShape
 from fedfreeze.network.stage import LocalTrainer, Stage, has_batch_norm, least_samples, sees_one_value
 from fedfreeze.plugins import needs_values, own_code
@@ -22,6 +23,12 @@ from fedfreeze.seeds import global_seed
 from fedfreeze.units import FLOAT_BYTES
 
 T = TypeVar("T")
+
+# A network is small if one core runs the steps below in a second or two, and its weights take 64 MiB.
+_SMALL_FLOPS = 50 * 10**9
+_SMALL_PARAMETERS = 2**24
+# Forward passes' worth of what is run for a stage: two steps of three, the frozen prefix, and a forward pass.
+_STEPS_OF_A_STAGE = 8
 
 
 @dataclass(frozen=True)
@@ -83,15 +90,23 @@ class Costs:
 
 
 def measure_costs(
-    config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any] | None = None
+    config: Config,
+    image_shape: ImageShape,
+    num_classes: int,
+    fitted: dict[str, Any] | None = None,
+    values: bool | None = None,
 ) -> Costs:
     """Predict the cost of every stage and of the full model; nothing is trained.
 
-    Nothing is allocated either, but for a network that branches on values. `fitted` is what `fit_method` returned.
-    Raises ConfigError for a batch that the network's normalisation layers cannot take.
+    `values`: True runs steps on tensors that have values, False on such that have a shape only, which allocates
+    nothing; None: whichever is quicker. The result is the same. A network that branches on values has them in any case.
+    `fitted` is what `fit_method` returned. Raises ConfigError for a batch that the network's normalisation layers
+    cannot take.
     """
     with _batch_told(config, image_shape):
-        return _without_values(lambda: _measure(config, image_shape, num_classes, fitted or {}))
+        if values is None:
+            values = _is_small(config, image_shape, num_classes)
+        return _measured(lambda: _measure(config, image_shape, num_classes, fitted or {}), values)
 
 
 def fit_method(config: Config, image_shape: ImageShape, num_classes: int, caps: Sequence[int | None]) -> dict[str, Any]:
@@ -103,9 +118,10 @@ def fit_method(config: Config, image_shape: ImageShape, num_classes: int, caps: 
             method = make_method(config, blocked)
             return [step_memory(stage, config.train, image_shape) for stage in _levels(config, method, 0)]
 
-        return _without_values(measure)
+        return _measured(measure, values)
 
     method = method_class(config)
+    values = _is_small(config, image_shape, num_classes)
     with _batch_told(config, image_shape), own_code("method.name", config.method.name):
         return method.fit(config, caps, level_memory)
 
@@ -124,14 +140,31 @@ def _batch_told(config: Config, image_shape: ImageShape) -> Iterator[None]:
         ) from None
 
 
-def _without_values(measure: Callable[[], T]) -> T:
-    """Measure on tensors that have shapes only; where a network branches on values, on tensors that have some."""
-    try:
-        with fake_tensors():
-            return measure()
-    except RuntimeError as error:
-        if not needs_values(error):
-            raise
+def _is_small(config: Config, image_shape: ImageShape, num_classes: int) -> bool:
+    """Whether to run a few steps of a network takes less than tensors without values, which cost seconds to set up."""
+    if config.model.factory is None:
+        with torch.device("meta"):
+            network, _ = MODELS[config.model.name](config.model, num_classes, image_shape)
+        if sum(parameter.numel() for parameter in network.parameters()) > _SMALL_PARAMETERS:
+            return False
+    blocked = build_network(config.model, image_shape, num_classes, config.seed)
+    blocked.network.eval()
+    images = torch.zeros(2, *image_shape)
+    with torch.no_grad():
+        flops = count_flops(lambda: blocked.network(images))
+    steps = _STEPS_OF_A_STAGE * (len(blocked.blocks) + 1)
+    return flops * config.train.batch_size // len(images) * steps <= _SMALL_FLOPS
+
+
+def _measured(measure: Callable[[], T], values: bool) -> T:
+    """Measure on tensors with values or without; where a network branches on values, with them in any case."""
+    if not values:
+        try:
+            with fake_tensors():
+                return measure()
+        except RuntimeError as error:
+            if not needs_values(error):
+                raise
     with global_seed(0, "cost"):
         return measure()
 
@@ -190,11 +223,11 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
     with own_code("model.factory", config.model.factory or ""):
         memory = step_memory(stage, config.train, image_shape)
         trainer, images, labels = _one_step(stage, config.train, image_shape)
-        step_flops = _flops(lambda: trainer.step(images, labels))
-        frozen_flops = _flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
+        step_flops = count_flops(lambda: trainer.step(images, labels))
+        frozen_flops = count_flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
         stage.eval()
         with torch.no_grad():
-            forward_flops = _flops(lambda: stage(images))
+            forward_flops = count_flops(lambda: stage(images))
     return StageCost(
         name=name,
         memory_bytes=memory,
@@ -209,7 +242,7 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
 
 
 def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> int:
-    """Return the peak of live tensor bytes in one training step of a stage; call it under FakeTensorMode."""
+    """Return the peak of live tensor bytes in one training step of a stage; tensors may have shapes only."""
     trainer, images, labels = _one_step(stage, train, image_shape)
     return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
 
@@ -223,24 +256,3 @@ def _one_step(
         torch.zeros(batch, *image_shape),
         torch.zeros(batch, dtype=torch.int64),
     )
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
-# torch counts attention on GPUs only
-_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-def _flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
-        run()
-    return counter.get_total_flops()

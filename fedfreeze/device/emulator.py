@@ -114,7 +114,7 @@ class Emulator:
         try:
             report = self._train_locally(assignment, plan, rows, start)
         except DeviceOutOfMemoryError as error:
-            self.trainer.optimizer.zero_grad(set_to_none=True)
+            self.trainer.drop_gradients()
             return DeviceReport(
                 assignment.device, len(rows), failed=str(error), out_of_memory=True, peak_bytes=error.needed_bytes
             )

@@ -127,7 +127,7 @@ def probe_caps(device: torch.device, config: TrainConfig) -> Facts:
                     train(short)
                 except DeviceOutOfMemoryError as error:
                     refusal = one_line(error)
-                    trainer.optimizer.zero_grad(set_to_none=True)
+                    trainer.drop_gradients()
                 train(fits)
             except DeviceOutOfMemoryError as error:
                 raise UnavailableError(

@@ -33,8 +33,7 @@ class Method(ABC):
 
     1. What does a device train? `enter_stage`: the Stage with the global values; where devices train different parts of
        it (`counted`), `num_levels` sub-models (`enter_level`), of which each device trains the largest that its cap
-       holds, and `part_index`, which of the stage's elements that is. Costs follow by running them on fake tensors
-       (cost.py).
+       holds, and `part_index`, which of the stage's elements that is. Costs follow by running them (cost.py).
     2. How do updates merge? `empty_sum`, `merge`.
     3. What is deployed? `deployed`.
     """

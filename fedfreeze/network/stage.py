@@ -4,16 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-import torch._dynamo
 from torch import nn
 from torch.nn import functional
+from torch.optim.sgd import sgd
 
 from fedfreeze.config.schema import TrainConfig
 from fedfreeze.network.flat import FlatPart
 from fedfreeze.network.recording import is_plain_sequential
-
-# torch._dynamo is not used here: torch imports it at the first optimizer step, which takes 2 s. Imported with this
-# module, before local ranks are forked, it is imported once and not by each of them in its first round.
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -173,30 +170,27 @@ def squared_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class LocalTrainer:
-    """SGD on a stage, built once a stage and used by every device in turn."""
+    """SGD on a stage, built once a stage and used by every device in turn.
+
+    torch's own step by its functional form: with the first torch.optim.Optimizer torch imports its compiler, which
+    takes two seconds of every start.
+    """
 
     def __init__(self, stage: Stage, config: TrainConfig):
         self.stage = stage
+        self.config = config
+        self.learning_rate = config.learning_rate
         self.momentum = torch.zeros(stage.flat.parameters if config.momentum else 0, device=stage.flat.buffer.device)
-        slices = stage.flat.views(self.momentum) if config.momentum else {}
-        self.optimizer = torch.optim.SGD(
-            [p for p in stage.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,  # one pass and no temporaries: on a device, memory is what we are short of
-        )
-        for parameter, view in slices.items():
-            self.optimizer.state[parameter]["momentum_buffer"] = view
+        self._parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        self._momentum_of = stage.flat.views(self.momentum) if config.momentum else {}
 
     def begin(self, values: torch.Tensor, learning_rate: float) -> None:
         """Start a device: load the global values, forget the momentum of the device before."""
         self.stage.train()
         self.stage.flat.load(values)
         self.momentum.zero_()
-        self.optimizer.zero_grad(set_to_none=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.drop_gradients()
+        self.learning_rate = learning_rate
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step; return the batch's mean loss and its sum of squared losses, (2,), still on the device."""
@@ -204,10 +198,33 @@ class LocalTrainer:
         told = torch.stack([loss.detach(), squared_losses(logits.detach(), labels)])
         del logits
         loss.backward()
-        self.optimizer.step()
+        self._descend()
         # at the end, not before the next step: gradients must not be held through the next frozen forward
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         return told
+
+    @torch.no_grad()
+    def _descend(self) -> None:
+        used = [parameter for parameter in self._parameters if parameter.grad is not None]
+        if not used:
+            return
+        sgd(
+            used,  # type: ignore[arg-type]
+            [parameter.grad for parameter in used if parameter.grad is not None],
+            [self._momentum_of[parameter] for parameter in used] if self._momentum_of else [],
+            fused=True,  # one pass and no temporaries: on a device, memory is what we are short of
+            weight_decay=self.config.weight_decay,
+            momentum=self.config.momentum,
+            lr=self.learning_rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def drop_gradients(self) -> None:
+        """Let go of the memory of all gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def held_tensors(self) -> list[torch.Tensor]:
         """Return what a device holds between steps."""

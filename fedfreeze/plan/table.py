@@ -51,7 +51,7 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
     times = ", ".join(f"{_time(stage['round_s_median'])} ({_time(stage['round_s_slowest'])})" for stage in seconds)
     console.print(
         f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
-        "peak: tensor bytes of one training step, counted on fake tensors; frozen: share of a step's\n"
+        "peak: tensor bytes of one training step; frozen: share of a step's\n"
         "FLOPs spent in the frozen prefix; up: what a device sends a round. Nothing was trained.\n"
         f"emulated time of a round, median device that can join (slowest), by stage:\n{times}\n"
         f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}{too_few}; "

@@ -123,7 +123,7 @@ def test_a_step_that_hit_the_cap_leaves_nothing_behind() -> None:
     for divisor in range(2, 20):
         with pytest.raises(DeviceOutOfMemoryError):
             run_step(CountedCap(), trainer, peak - peak // divisor)
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.drop_gradients()
     assert live() <= before
 
 
@@ -187,5 +187,5 @@ def test_cuda_fraction_passes_at_the_reserved_peak_and_fails_one_segment_below(c
     assert train(cap, peak) <= peak
     with pytest.raises(DeviceOutOfMemoryError, match="tried to allocate"):
         train(cap, peak - 2 * MIB)
-    cuda_trainer.optimizer.zero_grad(set_to_none=True)
+    cuda_trainer.drop_gradients()
     assert train(cap, peak) <= peak

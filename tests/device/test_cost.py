@@ -1,8 +1,14 @@
-"""The cost model: predicted on fake tensors, equal to what the real step takes."""
+"""The cost model: predicted on fake tensors or by a step, equal to what training takes."""
+
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
 
+import fedfreeze.device.cost as cost_model
 from fedfreeze.config.file import make_config
 from fedfreeze.device.cap import count_peak
 from fedfreeze.device.cost import StageCost, measure_costs
@@ -43,7 +49,8 @@ def test_prediction_equals_measurement(kind: str, norm: str) -> None:
             "train": {"batch_size": 8},
         }
     )
-    costs = measure_costs(config, shape, 10)
+    costs = measure_costs(config, shape, 10, values=False)
+    assert measure_costs(config, shape, 10, values=True) == costs
     method = make_method(config, build_network(config.model, shape, 10, 0))
     for index, cost in enumerate(costs.stages):
         stage = method.enter_stage(index, CPU)
@@ -67,12 +74,48 @@ def test_prediction_equals_measurement_for_other_architectures(model: str, metho
     shape = (3, 16, 16)
     values = {"model": {"name": model, "width": 8}, "method": {"name": method_name}, "train": {"batch_size": 8}}
     config = make_config(values)
-    costs = measure_costs(config, shape, 10)
+    costs = measure_costs(config, shape, 10, values=False)
+    assert measure_costs(config, shape, 10, values=True) == costs
     method = make_method(config, build_network(config.model, shape, 10, 0))
     for index, cost in enumerate(costs.stages):
         stage = method.enter_stage(index, CPU)
         assert measured_peak(stage, config, 8, shape) == cost.memory_bytes
         method.leave_stage(stage)
+
+
+def test_small_networks_are_run_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed = []
+    fake_tensors = cost_model.fake_tensors
+
+    def noted() -> AbstractContextManager[None]:
+        followed.append(True)
+        return fake_tensors()
+
+    monkeypatch.setattr(cost_model, "fake_tensors", noted)
+    values: dict[str, Any] = {"method": {"name": "fedavg"}, "train": {"batch_size": 8}}
+    for model, batch_size in (("resnet8", 8), ("resnet8", 100_000), ("vgg11", 8)):
+        followed.clear()
+        config = make_config(
+            values | {"model": {"name": model, "width": 4}, "train": {"batch_size": batch_size}}
+            if model == "resnet8"
+            else values | {"model": {"name": model, "width": 128}}
+        )
+        measure_costs(config, (1, 8, 8), 10)
+        assert bool(followed) == ((model, batch_size) != ("resnet8", 8)), (model, batch_size)
+
+
+def test_a_small_start_does_not_load_torchs_compiler() -> None:
+    """It takes longer than all else that a start imports, and memory on every rank."""
+    program = """
+import sys
+import torch
+from fedfreeze.config.file import make_config
+from fedfreeze.device.cost import measure_costs
+measure_costs(make_config({"model": {"width": 4}, "train": {"batch_size": 4}}), (1, 8, 8), 10)
+sys.exit("torch._dynamo is loaded" if "torch._dynamo" in sys.modules else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_flops_of_a_transformer_against_a_hand_count() -> None:

@@ -1,6 +1,6 @@
 """Python programs that need not wait for their imports: a server that has them forks a process for each.
 
-Importing torch, and all that the first run of a process loads and makes, cost eight processor seconds a launch, which
+Importing torch, and all that the first run of a process loads and makes, cost four processor seconds a launch, which
 most tests of launched runs are not about. What `start_preloaded` gives has a process of its own, with its own session,
 environment, folder, signals and exit, and stands where `python -m fedfreeze`, `python -c` or `python FILE` stands after
 its imports. Tests of imports, of a bare start and of launchers start the real thing.
