@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -111,6 +112,7 @@ def measure_costs(
 
 def fit_method(config: Config, image_shape: ImageShape, num_classes: int, caps: Sequence[int | None]) -> dict[str, Any]:
     """Return what the method makes of the fleet's caps, as plain values (Method.fit). Raises ConfigError."""
+    is_small = cache(partial(_is_small, config, image_shape, num_classes))
 
     def level_memory(model: ModelConfig) -> list[int]:
         def measure() -> list[int]:
@@ -118,10 +120,9 @@ def fit_method(config: Config, image_shape: ImageShape, num_classes: int, caps: 
             method = make_method(config, blocked)
             return [step_memory(stage, config.train, image_shape) for stage in _levels(config, method, 0)]
 
-        return _measured(measure, values)
+        return _measured(measure, is_small())
 
     method = method_class(config)
-    values = _is_small(config, image_shape, num_classes)
     with _batch_told(config, image_shape), own_code("method.name", config.method.name):
         return method.fit(config, caps, level_memory)
 
@@ -147,10 +148,10 @@ def _is_small(config: Config, image_shape: ImageShape, num_classes: int) -> bool
             network, _ = MODELS[config.model.name](config.model, num_classes, image_shape)
         if sum(parameter.numel() for parameter in network.parameters()) > _SMALL_PARAMETERS:
             return False
-    blocked = build_network(config.model, image_shape, num_classes, config.seed)
-    blocked.network.eval()
-    images = torch.zeros(2, *image_shape)
-    with torch.no_grad():
+    images = torch.full((2, *image_shape), 0.5)
+    with global_seed(0, "cost"), own_code("model.factory", config.model.factory or ""), torch.no_grad():
+        blocked = build_network(config.model, image_shape, num_classes, config.seed)
+        blocked.network.eval()
         flops = count_flops(lambda: blocked.network(images))
     steps = _STEPS_OF_A_STAGE * (len(blocked.blocks) + 1)
     return flops * config.train.batch_size // len(images) * steps <= _SMALL_FLOPS
