@@ -145,7 +145,19 @@ FACTORIES = {
         "    network = tiny(num_classes, in_channels, image_size)\n"
         "    network.a = Layer(in_channels, 4, 3, padding=1)\n"
         "    return network",
-        "model.factory: mine:make raised AssertionError: oh no",
+        "model: a in training mode fails on images of 1x8x8 (channels x height x width): AssertionError: oh no",
+    ),
+    "factory: compiled by torch.jit": factory(
+        "network = tiny(num_classes, in_channels, image_size)\n"
+        "    network.b = torch.jit.script(network.b)\n"
+        "    return network",
+        "model.factory: b is compiled by torch.jit",
+    ),
+    "factory: further outputs in training": factory(
+        "class Two(nn.Sequential):\n        def forward(self, x):\n            out = super().forward(x)\n"
+        "            return (out, out) if self.training else out\n"
+        "    return Two(*tiny(num_classes, in_channels, image_size))",
+        "model: the network returns a tuple in training mode, not one tensor, the logits",
     ),
     "factory: reads values of the image": factory(
         "class Layer(nn.Conv2d):\n        def forward(self, x):\n            return super().forward(x) if x.sum() > 0 "

@@ -31,6 +31,12 @@ def own_network(
         network = factory(**keywords, **config.options)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{_KEY}: {config.factory} returned a {type(network).__name__}, not a torch.nn.Module")
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(
+                f"{_KEY}: {name or 'the network'} is compiled by torch.jit, which hides its tensors; return it as it "
+                "was before"
+            )
     with own_code(_KEY, config.factory):
         if any(isinstance(module, LazyModuleMixin) for module in network.modules()):
             with torch.no_grad():  # the first images give its parameters their sizes

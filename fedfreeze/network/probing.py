@@ -11,6 +11,7 @@ from fedfreeze.errors import ConfigError
 from fedfreeze.network.chain import Link
 from fedfreeze.network.state import untouched
 from fedfreeze.plugins import told
+from fedfreeze.seeds import global_seed
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 # what a block puts out for one image: (channels, height, width), (tokens, features) or (features,)
@@ -26,22 +27,24 @@ def check_whole(network: nn.Module, image_shape: ImageShape, num_classes: int) -
 
     Raises ConfigError for one that does not map images (batch, *image_shape) to logits (batch, num_classes).
     """
-    running: list[str] = []
-    hooks = []
-    for name, module in network.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: running.__delitem__(-1)))
-    with untouched(network), torch.no_grad():
-        network.eval()
-        try:
-            logits = network(torch.full((_PROBED, *image_shape), 0.5))
-        except Exception as error:
-            where = next((name for name in reversed(running) if name), "the network")
-            raise _fails(where, image_shape, error) from None
-        finally:
-            for hook in hooks:
-                hook.remove()
-    _check_logits(logits, image_shape, num_classes)
+    for mode in (False, True):  # some have further outputs in training
+        running: list[str] = []
+        hooks = []
+        for name, module in network.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda *_, now=running, name=name: now.append(name)))
+            hooks.append(module.register_forward_hook(lambda *_, now=running: now.__delitem__(-1)))
+        when = " in training mode" if mode else ""
+        with untouched(network), torch.no_grad(), global_seed(0, "probing"):
+            network.train(mode)
+            try:
+                logits = network(torch.full((_PROBED, *image_shape), 0.5))
+            except Exception as error:
+                where = next((name for name in reversed(running) if name), "the network")
+                raise _fails(where + when, image_shape, error) from None
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        _check_logits(logits, image_shape, num_classes, when)
 
 
 def _fails(where: str, image_shape: ImageShape, error: Exception) -> ConfigError:
@@ -50,13 +53,14 @@ def _fails(where: str, image_shape: ImageShape, error: Exception) -> ConfigError
     )
 
 
-def _check_logits(logits: Any, image_shape: ImageShape, num_classes: int) -> None:
+def _check_logits(logits: Any, image_shape: ImageShape, num_classes: int, when: str = "") -> None:
     if not isinstance(logits, torch.Tensor):
-        raise ConfigError(f"model: the network returns a {type(logits).__name__}, not one tensor, the logits")
+        raise ConfigError(f"model: the network returns a {type(logits).__name__}{when}, not one tensor, the logits")
     if tuple(logits.shape) != (_PROBED, num_classes):
         raise ConfigError(
-            f"model: the network maps {_PROBED} images of {_sizes(image_shape)} to {_sizes(tuple(logits.shape))}, not "
-            f"to {_PROBED}x{num_classes} (a row for each image, a logit for each class)"
+            f"model:{when} the network maps {_PROBED} images of {_sizes(image_shape)} to "
+            f"{_sizes(tuple(logits.shape))}, not to {_PROBED}x{num_classes} (a row for each image, a logit for each "
+            "class)"
         )
     if not isinstance(logits, FakeTensor) and not bool(logits.isfinite().all()):
         raise ConfigError("model: the network puts out what is not a number for a grey image; check its first weights")
