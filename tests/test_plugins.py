@@ -149,7 +149,9 @@ FACTORIES = {
     ),
     "factory: compiled by torch.jit": factory(
         "network = tiny(num_classes, in_channels, image_size)\n"
-        "    network.b = torch.jit.script(network.b)\n"
+        "    import warnings\n"
+        "    with warnings.catch_warnings(action='ignore'):  # that it is going to be taken out of torch\n"
+        "        network.b = torch.jit.script(network.b)\n"
         "    return network",
         "model.factory: b is compiled by torch.jit",
     ),
