@@ -51,9 +51,10 @@ def watched(rank: int, world_size: int, join_s: float, leave: Callable[[int], No
             except OSError:
                 return
             if number and number[0] in _LEAVES and not inside.wait(_PATIENCE_S):
-                sys.stderr.write(
-                    f"fedfreeze: {name} got {signal.Signals(number[0]).name} while the ranks were joining\n"
-                )
+                if number[0] != signal.SIGINT:  # whoever pressed Ctrl-C knows
+                    sys.stderr.write(
+                        f"fedfreeze: {name} got {signal.Signals(number[0]).name} while the ranks were joining\n"
+                    )
                 _end(_LEAVES[signal.Signals(number[0])], leave)
             if rank == 0 and time.monotonic() > tell:
                 tell = float("inf")
