@@ -298,22 +298,19 @@ class InSequence(nn.Sequential):
         )
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
+class Pair(nn.Module):
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.one = nn.Conv2d(8, 8, 3, padding=1)
-        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.one = nn.Conv2d(channels, channels, 3, padding=1)
+        self.two = nn.Conv2d(channels, channels, 3, padding=1)
 
+
+class Residual(Pair):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.relu(x + self.two(functional.relu(self.one(x))))
 
 
-class Branching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(16, 16, 3, padding=1)
-        self.two = nn.Conv2d(16, 16, 3, padding=1)
-
+class Branching(Pair):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.two(functional.relu(self.one(x))) if x.sum() > -1 else -x
 
@@ -322,8 +319,8 @@ class KeptWhole(Net):
     """Modules of the user's own in which no block can begin: a shortcut spans one, the other branches on values."""
 
     def more(self) -> None:
-        self.residual = Residual()
-        self.branching = Branching()
+        self.residual = Residual(8)
+        self.branching = Branching(16)
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         return self.residual(super().first(x))
