@@ -205,13 +205,13 @@ class LocalTrainer:
 
     @torch.no_grad()
     def _descend(self) -> None:
-        used = [parameter for parameter in self._parameters if parameter.grad is not None]
-        if not used:
+        gradients = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
+        if not gradients:
             return
         sgd(
-            used,  # type: ignore[arg-type]
-            [parameter.grad for parameter in used if parameter.grad is not None],
-            [self._momentum_of[parameter] for parameter in used] if self._momentum_of else [],
+            list(gradients),
+            list(gradients.values()),
+            [self._momentum_of[parameter] for parameter in gradients] if self._momentum_of else [],
             fused=True,  # one pass and no temporaries: on a device, memory is what we are short of
             weight_decay=self.config.weight_decay,
             momentum=self.config.momentum,
