@@ -117,6 +117,14 @@ class MethodConfig:
     """What imitates a missing block: convolution + norm + activation, bare convolution, residual block, or nothing."""
     carry: bool = True
     """Carry the output module's remaining parts into the next stage (true) or start them anew (false)."""
+    start: Literal["surrogate", "anew"] = "anew"
+    """`smartfreeze`: what a new block starts from: the surrogate that imitated it, so that the network goes on where it
+    was, or weights of its own. Not with `output_module: pool`, which has no surrogates."""
+    start_kept: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """`start: surrogate`: the share of its first weights that a later layer of the block keeps beside the identity."""
+    window: Positive = 1
+    """`smartfreeze`: neighbouring blocks that train together; at the end of a stage the first of them is frozen and the
+    window slides by one."""
     weights: Literal["samples", "uniform"] = "samples"
     """A device's weight in the average: its number of samples, or one."""
     widths: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=20)] = Field(

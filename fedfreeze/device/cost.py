@@ -48,8 +48,8 @@ class StageCost:
     """Floating-point operations of one forward pass of a batch, as a device makes that is asked for its loss."""
     trained_elements: int
     """Floats that train or are averaged: active block + output module. What one all-reduce carries."""
-    active_parameters: int
-    """Parameters of the active block alone."""
+    watched_parameters: int
+    """Parameters of what is frozen when the stage ends: the active block, or the first of several."""
     frozen_elements: int
     """Floats of the frozen prefix, sent down once to a device that lacks them."""
     batch_norm: bool = False
@@ -236,7 +236,7 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
         frozen_flops=frozen_flops,
         forward_flops=forward_flops,
         trained_elements=len(stage.flat),
-        active_parameters=stage.flat.active_parameters,
+        watched_parameters=stage.watched_parameters,
         frozen_elements=stage.frozen_elements,
         batch_norm=has_batch_norm(stage),
     )

@@ -64,6 +64,10 @@ class Method(ABC):
         """Return the configuration of the network that the method trains, given what `fit` found."""
         return model
 
+    def notices(self) -> list[str]:
+        """Return what whoever runs it should know before it trains, a line each."""
+        return []
+
     @abstractmethod
     def begin_stage(self, index: int) -> None:
         """Prepare a stage that begins (not one that is resumed): re-initialise what does not carry over."""

@@ -17,7 +17,6 @@ Deviations:
 - Running statistics of batch normalisation are averaged an element like everything else, as in the authors' code.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from fedfreeze.methods.base import LevelMemory, Method, check_split
 from fedfreeze.network.blocks import BlockedNetwork
 from fedfreeze.network.output_modules import OutputModules
 from fedfreeze.network.stage import Stage
+from fedfreeze.network.state import copied
 from fedfreeze.seeds import global_seed
 
 
@@ -59,21 +59,6 @@ def depth_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor, distillatio
                 apart = functional.kl_div(student, teacher.detach(), reduction="batchmean", log_target=True)
                 loss = loss + distillation / (len(logits) - 1) * apart
     return loss
-
-
-def copied(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return modules with tensors of their own; what the modules share stays shared among the copies.
-
-    Tensors are copied one by one: copy.deepcopy would copy the whole flat buffer for a view of it, and fails on fake
-    tensors.
-    """
-    memo: dict[int, Any] = {}
-    for module in modules:
-        for parameter in module.parameters():
-            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        for buffer in module.buffers():
-            memo[id(buffer)] = buffer.detach().clone()
-    return copy.deepcopy(list(modules), memo)
 
 
 class EarlyExits(nn.Module):
@@ -128,7 +113,7 @@ class DepthFL(Method):
 
     def _exit(self, modules: OutputModules, index: int) -> nn.Module:
         """Return what follows a block, with values of its own."""
-        made = copied([modules.for_stage(index)])[0]
+        made = copied([modules.behind(index)])[0]
         with global_seed(self.config.seed, "exit", index):
             for module in made.modules():
                 reset = getattr(module, "reset_parameters", None)

@@ -50,13 +50,13 @@ class ProgFed(Method):
     def enter_stage(self, index: int, device: torch.device) -> Stage:
         """See Method."""
         active = nn.Sequential(*self.blocked.blocks[: index + 1])
-        return Stage(index, [], active, self.heads.for_stage(index), device)
+        return Stage(index, [], active, self.heads.behind(index), device)
 
     def deployed(self, stage: int) -> nn.Module:
         """See Method. Before the last stage: the blocks so far and the stage's head."""
         if stage == self.num_stages - 1:
             return self.blocked.network
-        return nn.Sequential(*self.blocked.blocks[: stage + 1], self.heads.for_stage(stage))
+        return nn.Sequential(*self.blocked.blocks[: stage + 1], self.heads.behind(stage))
 
     def state_modules(self) -> dict[str, nn.Module]:
         """See Method."""
@@ -72,4 +72,4 @@ class ProgFedLayerwise(ProgFed):
     def enter_stage(self, index: int, device: torch.device) -> Stage:
         """See Method."""
         blocks = self.blocked.blocks
-        return Stage(index, blocks[:index], blocks[index], self.heads.for_stage(index), device)
+        return Stage(index, blocks[:index], blocks[index], self.heads.behind(index), device)

@@ -71,6 +71,11 @@ class FlatPart:
             end += tensor.numel()
         return end
 
+    def parameters_of(self, module: nn.Module) -> int:
+        """Return how many of its elements are parameters of a module."""
+        own = {id(parameter) for parameter in module.parameters()}
+        return sum(slot.end - slot.begin for slot in self.slots if id(slot.tensor) in own)
+
     def _view(self, slot: Slot) -> torch.Tensor:
         return self.buffer[slot.begin : slot.end].view(slot.shape)
 

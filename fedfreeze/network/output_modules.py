@@ -26,7 +26,7 @@ class OutputModules(nn.Module):
         super().__init__()
         self.carry = method.carry
         self.seed = seed
-        self.last_stage = len(blocked.blocks) - 1
+        self.last_block = len(blocked.blocks) - 1
         self.head = blocked.head
         self.surrogates = nn.ModuleList()
         self.pool_heads = nn.ModuleList()
@@ -38,20 +38,20 @@ class OutputModules(nn.Module):
                 for before, after in zip(blocked.shapes[:-1], blocked.shapes[1:], strict=True):
                     self.surrogates.append(_surrogate(method.output_module, before, after, norm))
 
-    def for_stage(self, stage: int) -> nn.Sequential:
-        """Return the output module of a stage: surrogates of the later blocks, then pooling and classifier."""
-        if stage == self.last_stage:
+    def behind(self, block: int) -> nn.Sequential:
+        """Return the output module behind a block: surrogates of the later blocks, then pooling and classifier."""
+        if block == self.last_block:
             return nn.Sequential(self.head)
         if len(self.pool_heads):
-            return nn.Sequential(self.pool_heads[stage])
-        return nn.Sequential(*self.surrogates[stage:], self.head)
+            return nn.Sequential(self.pool_heads[block])
+        return nn.Sequential(*self.surrogates[block:], self.head)
 
-    def begin_stage(self, stage: int) -> None:
-        """Start the stage's output module anew unless parts are carried over from the stage before."""
-        if stage == 0 or self.carry:
+    def begin_behind(self, block: int) -> None:
+        """Start the output module behind a block that enters anew, unless parts are carried over from before."""
+        if self.carry:
             return
-        with global_seed(self.seed, "output modules", stage):
-            for module in self.for_stage(stage).modules():
+        with global_seed(self.seed, "output modules", block):
+            for module in self.behind(block).modules():
                 reset = getattr(module, "reset_parameters", None)
                 if callable(reset):
                     reset()

@@ -29,7 +29,9 @@ class Stage(nn.Module):
         active: nn.Module,
         output_module: nn.Module,
         device: torch.device,
+        watched: nn.Module | None = None,
     ):
+        """`watched`: the first part of `active`, which is frozen when the stage ends; none: all of it is."""
         super().__init__()
         self.index = index
         self.frozen = _on(nn.ModuleList(frozen), device)
@@ -39,6 +41,8 @@ class Stage(nn.Module):
         self.output_module = _on(output_module, device)
         self._frozen_chain = list(leaves_in_order(self.frozen))
         self.flat = FlatPart(self.active, self.output_module, device)
+        self.watched_parameters = self.flat.active_parameters if watched is None else self.flat.parameters_of(watched)
+        """How many parameters, the first of the flat buffer, the pace controller looks at."""
         self.train()
 
     def train(self, mode: bool = True) -> "Stage":

@@ -1,6 +1,7 @@
 """What a network holds, noted, compared and put back: values of its tensors, modes of its modules."""
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,3 +72,18 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one, other) or (one.is_floating_point() and torch.equal(one.nan_to_num(), other.nan_to_num()))
+
+
+def copied(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return modules with tensors of their own; what the modules share stays shared among the copies.
+
+    Tensors are copied one by one: copy.deepcopy would copy the whole flat buffer for a view of it, and fails on fake
+    tensors.
+    """
+    memo: dict[int, Any] = {}
+    for module in modules:
+        for parameter in module.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        for buffer in module.buffers():
+            memo[id(buffer)] = buffer.detach().clone()
+    return copy.deepcopy(list(modules), memo)

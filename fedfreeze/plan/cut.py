@@ -26,6 +26,8 @@ class Proposal:
     costs: Costs
     eligible: int
     """Devices that can join every stage."""
+    blocks: int
+    """How many blocks it makes."""
 
     @property
     def peak_bytes(self) -> int:
@@ -41,18 +43,25 @@ def with_split(config: Config, split: Sequence[str]) -> Config:
 def propose(
     config: Config, image_shape: ImageShape, num_classes: int, fleet: Fleet, share: float
 ) -> Iterator[Proposal]:
-    """Yield, for one block, two, three, ..., the cut with the smallest peak; end where a share of the devices can join.
+    """Yield, for as many blocks as train together, one more, ..., the cut with the smallest peak.
 
-    Cuts that do not lower the peak are left out, so each proposal needs less than the one before. If no cut lets the
-    share join, the last one yielded has the smallest peak there is. Raises ConfigError for a method without stages.
+    It ends where a share of the devices can join. Cuts that do not lower the peak are left out, so each proposal needs
+    less than the one before. If no cut lets the share join, the last one yielded has the smallest peak there is. Raises
+    ConfigError for a method without stages, or a network with fewer places for a cut than blocks that train together.
     """
     with fake_tensors():
         outline = build_outline(config.model, image_shape, num_classes, config.seed)
-        if not isinstance(make_method(with_split(config, outline.places[:1]), outline.cut([])), SmartFreeze):
+        alone = with_split(one_block_a_stage(config), outline.places[:1])
+        if not isinstance(make_method(alone, outline.cut([])), SmartFreeze):
             raise ConfigError(f"--cut: cuts are sought for the stages of smartfreeze, not of {config.method.name}")
+    if len(outline.places) < config.method.window:
+        raise ConfigError(
+            f"method.window: {config.method.window} blocks cannot train together in {config.model.label}, in which "
+            f"blocks can begin at {len(outline.places)} places"
+        )
     search = _Search(config, outline, image_shape, num_classes, fleet)
     lowest: int | None = None
-    for blocks in range(1, len(outline.places) + 1):
+    for blocks in range(config.method.window, len(outline.places) + 1):
         proposal = search.best(blocks, lowest)
         if proposal is None:
             continue
@@ -60,6 +69,11 @@ def propose(
         yield proposal
         if proposal.eligible >= math.ceil(share * len(fleet)):
             return
+
+
+def one_block_a_stage(config: Config) -> Config:
+    """Return the configuration without a window: a stage of several blocks needs what one of all of them does."""
+    return replace(config, method=replace(config.method, window=1))
 
 
 def proposal_of(config: Config, split: Sequence[str], image_shape: ImageShape, classes: int, fleet: Fleet) -> Proposal:
@@ -71,15 +85,16 @@ def cut_as_it_is(config: Config, image_shape: ImageShape, classes: int, fleet: F
     """Measure the cut that a configuration has; its `split` is empty where that is the usual one."""
     costs = measure_costs(config, image_shape, classes)
     peak = max(cost.memory_bytes for cost in costs.stages)
-    return Proposal(tuple(config.model.split or ()), costs, len(fleet.eligible(peak)))
+    blocks = len(costs.stages) + config.method.window - 1
+    return Proposal(tuple(config.model.split or ()), costs, len(fleet.eligible(peak)), blocks)
 
 
 class _Search:
     """The smallest peak for a number of blocks, over all cuts.
 
-    What a stage needs depends on its block and, by the output module, on the cuts behind it. So a block is first
-    measured with all that follows as one missing block, the best cut by these estimates is measured exactly, and what
-    was estimated too low is corrected, until the best by estimates is the best measured.
+    What a stage needs depends on the blocks that it trains and, by the output module, on the cuts behind them. So such
+    a span of blocks is first measured with all that follows as one missing block, the best cut by these estimates is
+    measured exactly, and what was estimated too low is corrected, until the best by estimates is the best measured.
     """
 
     def __init__(self, config: Config, outline: Outline, image_shape: ImageShape, num_classes: int, fleet: Fleet):
@@ -89,7 +104,9 @@ class _Search:
         self.num_classes = num_classes
         self.fleet = fleet
         self.places = outline.places
+        self.window = config.method.window
         self.needs: dict[tuple[int, int], int] = {}
+        """What a stage needs by its span: the places at which what it trains begins and ends."""
 
     def best(self, blocks: int, lowest: int | None) -> Proposal | None:
         """Return the cut into `blocks` blocks with the smallest peak; None if it is not under `lowest`."""
@@ -103,48 +120,56 @@ class _Search:
             proposal = proposal_of(self.config, split, self.image_shape, self.num_classes, self.fleet)
             if bound is None or proposal.peak_bytes < bound:
                 found = proposal
-            ends = [*cut[1:], len(self.places)]
+            ends = [*cut, len(self.places)]
+            spans = list(zip(cut, ends[self.window :], strict=False))  # the last blocks begin no stage
             exact = [cost.memory_bytes for cost in proposal.costs.stages]
-            if max(exact) <= max(self.needs[edge] for edge in zip(cut, ends, strict=True)):
+            if max(exact) <= max(self.needs[span] for span in spans):
                 break
-            for edge, needed in zip(zip(cut, ends, strict=True), exact, strict=True):
-                self.needs[edge] = max(self.needs[edge], needed)
+            for span, needed in zip(spans, exact, strict=True):
+                self.needs[span] = max(self.needs[span], needed)
         return found
 
     def _best_by_estimates(self, blocks: int, bound: int | None) -> list[int] | None:
-        """Return the places at which blocks begin, by dynamic programming over the last block's begin."""
+        """Return the places at which blocks begin, by dynamic programming over where the last ones begin."""
         last = len(self.places)
-        # best[j]: the smallest peak of a cut of everything before place j, and that cut
-        best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
-        for block in range(blocks):
-            nearer: dict[int, tuple[int, list[int]]] = {}
-            for begin, (peak, cut) in sorted(best.items()):
-                ends = range(begin + 1, last + 1) if block < blocks - 1 else [last]
-                for end, needed in self._blocks_from(begin, ends, bound):
+        # best[..., i, j]: the smallest peak of a cut whose newest blocks begin at ..., i, j, and that cut; they are as
+        # many as the next stage trains
+        best: dict[tuple[int, ...], tuple[int, list[int]]] = {(0,): (0, [0])}
+        for begun in range(1, blocks + 1):
+            nearer: dict[tuple[int, ...], tuple[int, list[int]]] = {}
+            for newest, (peak, cut) in sorted(best.items()):
+                places = range(newest[-1] + 1, last) if begun < blocks else [last]
+                for place, needed in self._stages_to(newest, places, bound):
                     together = max(peak, needed)
-                    if end not in nearer or together < nearer[end][0]:
-                        nearer[end] = (together, [*cut, begin])
+                    state = (*newest, place)[-self.window :]
+                    if state not in nearer or together < nearer[state][0]:
+                        nearer[state] = (together, [*cut, place])
             best = nearer
-        return best[last][1] if last in best else None
+        ends = [(peak, cut[:-1]) for state, (peak, cut) in sorted(best.items()) if state[-1] == last]
+        return min(ends, key=lambda end: end[0])[1] if ends else None
 
-    def _blocks_from(self, begin: int, ends: Sequence[int], bound: int | None) -> Iterator[tuple[int, int]]:
-        """Yield the ends of blocks that need less than the bound, and what they need."""
+    def _stages_to(self, newest: Sequence[int], ends: Sequence[int], bound: int | None) -> Iterator[tuple[int, int]]:
+        """Yield the ends of the stage that begins with the first of the newest blocks, and what it needs, less than
+        the bound; where the blocks are still too few for a stage, all ends and nothing."""
+        if len(newest) < self.window:
+            yield from ((end, 0) for end in ends)
+            return
         for end in ends:
-            needed = self.needs.get((begin, end))
-            if needed is None:
-                needed = self.needs[begin, end] = self._estimate(begin, end)
-            if bound is not None and needed >= bound:
+            span = (newest[0], end)
+            if span not in self.needs:
+                self.needs[span] = self._estimate(*span)
+            if bound is not None and self.needs[span] >= bound:
                 if end < len(self.places):
-                    return  # a longer block needs more
+                    return  # a longer one needs more
                 continue
-            yield end, needed
+            yield end, self.needs[span]
 
     def _estimate(self, begin: int, end: int) -> int:
-        """Return what the stage of one block needs, the rest taken as one frozen and one missing block."""
+        """Return what the stage of one span needs, the rest taken as one frozen and one missing block."""
         split = [self.places[i] for i in (begin, end) if 0 < i < len(self.places)]
         with fake_tensors():
             blocked = self.outline.cut(split)
-            config = with_split(self.config, split or self.places[:1])
+            config = with_split(one_block_a_stage(self.config), split or self.places[:1])
             method = SmartFreeze(config, blocked)
             stage = method.enter_stage(0 if begin == 0 else 1, torch.device("cpu"))
             needed = step_memory(stage, self.config.train, self.image_shape)

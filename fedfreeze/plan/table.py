@@ -153,7 +153,7 @@ def _usual(config: Config, data: Data, fleet: Fleet) -> Proposal | None:
 
 
 def _line(proposal: Proposal, fleet: Fleet) -> str:
-    count = len(proposal.split)
+    count = proposal.blocks
     return (
         f"{count} block{'s' * (count > 1)}: {proposal.peak_bytes / MIB:.2f} MiB, {proposal.eligible} of {len(fleet)} "
         f"devices can join every stage; blocks begin at {', '.join(proposal.split)}"
@@ -172,7 +172,7 @@ def _print_tables(
         console.print()
         console.print(stage_table(plan_rows(usual.costs, fleet), f"the cut as it is: {_title(config, data, fleet)}"))
     for proposal in proposals:
-        count = len(proposal.split)
+        count = proposal.blocks
         title = f"{count} block{'s' * (count > 1)}, {proposal.eligible} of {len(fleet)} devices can join every stage"
         console.print()
         console.print(stage_table(plan_rows(proposal.costs, fleet), title))
@@ -182,7 +182,7 @@ def _cut_as_json(proposals: list[Proposal], usual: Proposal | None, share: float
     def of(proposal: Proposal) -> dict[str, Any]:
         return {
             "split": list(proposal.split),
-            "blocks": len(proposal.costs.stages),
+            "blocks": proposal.blocks,
             "peak_mib": proposal.peak_bytes / MIB,
             "eligible": proposal.eligible,
             "stages": plan_rows(proposal.costs, fleet),

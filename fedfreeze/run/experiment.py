@@ -149,6 +149,7 @@ class Experiment:
                     stage += 1
                     with own_code("method.name", self.config.method.name):
                         self.method.begin_stage(stage)
+                    self._share_weights()
                     self.window.clear()
                     self.emulator.enter_stage(stage)
             if verdict.checkpoint or told["save"] or told["stop"] is not None:
@@ -165,11 +166,18 @@ class Experiment:
     def _resume(self) -> tuple[int, bool]:
         """Collective: every rank must call this. Load the newest checkpoint, if any; share rank 0's weights."""
         stage, ended = self.ranks.decide(self._load_checkpoint)
+        self._share_weights()
+        return stage, ended
+
+    def _share_weights(self) -> None:
+        """Collective: every rank must call this. Give all ranks rank 0's weights, bit for bit.
+
+        What a stage starts from is calculated on each, and processors may differ in the last bit.
+        """
         for tensor in self.method.state_dict().values():
             host = tensor.detach().contiguous()
             self.ranks.broadcast(host)
             tensor.copy_(host)
-        return stage, ended
 
     def _load_checkpoint(self) -> tuple[int, bool]:
         """Return the stage to go on with, and whether there is nothing left but to deploy."""
@@ -196,6 +204,10 @@ class Experiment:
         self.folder.cut_metrics(found.state["metrics_bytes"] if found else 0)
         self.history.run_start(self.coordinator)
         self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
+        with own_code("method.name", self.config.method.name):
+            notices = self.method.notices()
+        for notice in notices:
+            self.reporter.notice(notice)
         return self.coordinator.stage, self.coordinator.ended
 
     def _restore(self, found: Checkpoint) -> None:

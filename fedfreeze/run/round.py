@@ -46,7 +46,7 @@ def run_round(
     weight_sum = sum(emulator.method.weight(report.samples) for report in reports if report.failed is None)
     change = emulator.apply(update, weight_sum)
 
-    # pace controller: block perturbation over the active block, then the verdict
+    # pace controller: block perturbation over what the stage freezes, then the verdict
     verdict = Verdict(**ranks.decide(lambda: judge(coordinator, window, emulator, plan, reports, change)))
     accuracy = evaluate(ranks, emulator) if verdict.evaluate else None
     return RoundResult(plan, reports, verdict, accuracy, sum(len(tensor) for tensor in summed))
@@ -101,8 +101,8 @@ def judge(
     assert coordinator is not None
     perturbation = None
     if not coordinator.is_sparse(reports):
-        active = change[: emulator.stage.flat.active_parameters]
-        perturbation = window.push(plan.round, active.cpu().numpy().copy())
+        watched = change[: emulator.stage.watched_parameters]
+        perturbation = window.push(plan.round, watched.cpu().numpy().copy())
     return coordinator.judge(reports, perturbation).to_json()
 
 

@@ -49,7 +49,7 @@ class Coordinator:
         self.selector = make_selector(config)
         self.clock = EmulatedClock(fleet, samples, costs, config.train)
         self._check_deadline()
-        self.pace = make_policy(pace, config.train.rounds, [cost.active_parameters for cost in costs.stages])
+        self.pace = make_policy(pace, config.train.rounds, [cost.watched_parameters for cost in costs.stages])
         self.round = 0
         self.stage = 0
         self.stage_round = 0

@@ -88,7 +88,7 @@ def test_all_reduce_carries_active_block_and_output_module_exactly(one: Path) ->
     method = make_method(config, blocked)
     expected = []
     for stage in range(3):
-        modules = [blocked.blocks[stage], method.output_modules.for_stage(stage)]  # type: ignore[attr-defined]
+        modules = [blocked.blocks[stage], method.output_modules.behind(stage)]  # type: ignore[attr-defined]
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
         expected.append(sum(t.numel() for t in tensors))
     assert len(set(expected)) == 3

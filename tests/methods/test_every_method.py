@@ -13,16 +13,24 @@ import fedfreeze
 from fedfreeze.config.file import load_config
 from fedfreeze.data.batches import evaluation_batch
 from fedfreeze.data.store import open_store, prepare
-from fedfreeze.methods import METHODS
+from fedfreeze.methods import METHODS, make_method
+from fedfreeze.methods.smartfreeze import SmartFreeze
+from fedfreeze.network.blocks import build_network
 from fedfreeze.select import SELECTORS
 from tests.support.checks import ROOT
 from tests.support.launching import metrics, run, sha256, summary, without_wall_time, write_config
 
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
 
+# Forms of a method that differ from its defaults.
+FORMS = {
+    "smartfreeze-paper": ["--method.name=smartfreeze", "--method.start=anew", "--method.window=1"],
+    "smartfreeze-window": ["--method.name=smartfreeze", "--method.start=surrogate", "--method.window=2"],
+}
+
 # Every method with uniform selection, every selector with smartfreeze, and sub-models with devices that are asked.
 SETTINGS = [
-    *((method, "uniform") for method in METHODS),
+    *((method, "uniform") for method in [*METHODS, *FORMS]),
     *(("smartfreeze", selector) for selector in SELECTORS if selector != "uniform"),
     ("heterofl", "smartfreeze"),
     ("depthfl", "smartfreeze"),
@@ -48,7 +56,11 @@ class Runs:
                 tasks.append(
                     {
                         "config": str(config),
-                        "overrides": [*overrides, f"--method.name={method}", f"--select.name={selector}"],
+                        "overrides": [
+                            *overrides,
+                            *FORMS.get(method, [f"--method.name={method}"]),
+                            f"--select.name={selector}",
+                        ],
                         "run_dir": str(self.path(folder, f"{method} {selector}", ranks)),
                         "ranks": ranks,
                         "kill_in_round": kill_in_round if ranks == 2 else None,
@@ -208,6 +220,25 @@ def test_load_model_gives_the_accuracy_of_the_summary(digits: Runs, name: str) -
     assert correct == round(told["final_accuracy"] * len(labels))
     assert told["final_accuracy"] > 0.1
     assert told["rounds"] == ROUNDS
+
+
+@pytest.mark.parametrize(("form", "window"), [("smartfreeze-paper", 1), ("smartfreeze-window", 2)])
+def test_all_reduce_carries_what_trains_and_nothing_else(digits: Runs, form: str, window: int) -> None:
+    run_dir = digits.one(f"{form} uniform")
+    config = load_config(str(run_dir / "config.yaml"))
+    method = make_method(config, build_network(config.model, (1, 8, 8), 10, config.seed))
+    assert isinstance(method, SmartFreeze)
+    expected = []
+    for stage in range(4 - window):
+        blocks = method.blocked.blocks[stage : stage + window]
+        parts = [*blocks, method.output_modules.behind(stage + window - 1)]
+        tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        expected.append(sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()))
+    assert {record["stage"] for record in rounds_of(run_dir)} == set(range(len(expected)))
+    for record in rounds_of(run_dir):
+        assert record["elements_reduced"] == expected[record["stage"]]
+        completed = len(record["selected"]) - len(record["failed"])
+        assert record["bytes_up"] == 4 * completed * expected[record["stage"]]
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -54,7 +54,7 @@ def test_every_output_module_gives_logits(name: str, kind: str) -> None:
     x = torch.randn(2, 3, 16, 16)
     for stage, block in enumerate(cut.blocks):
         x = block(x)
-        assert modules.for_stage(stage)(x).shape == (2, 10)
+        assert modules.behind(stage)(x).shape == (2, 10)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedfreeze.errors import ConfigError
-from fedfreeze.methods.depthfl import copied
 from fedfreeze.network.blocks import outline_of
 from fedfreeze.network.stage import Stage, WholeStage
+from fedfreeze.network.state import copied
 from tests.support.checks import assert_one_line
 
 SHAPE, CLASSES = (1, 8, 8), 3

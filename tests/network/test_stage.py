@@ -88,14 +88,14 @@ def test_output_module_gives_logits_in_every_stage(kind: str) -> None:
     x = images
     for stage, block in enumerate(cut.blocks):
         x = block(x)
-        assert modules.for_stage(stage)(x).shape == (8, 10)
-    convolutions = [m for m in modules.for_stage(0).modules() if isinstance(m, nn.Conv2d)]
+        assert modules.behind(stage)(x).shape == (8, 10)
+    convolutions = [m for m in modules.behind(0).modules() if isinstance(m, nn.Conv2d)]
     # one 3x3 a missing block; a residual block has two and, for its shortcut, a 1x1
     assert len(convolutions) == {"conv_norm": 3, "conv": 3, "block": 9, "pool": 0}[kind]
     assert [c.kernel_size for c in convolutions if c.kernel_size != (1, 1)] == [(3, 3)] * {"block": 6, "pool": 0}.get(
         kind, 3
     )
-    assert modules.for_stage(3)[0] is cut.head
+    assert modules.behind(3)[0] is cut.head
 
 
 @pytest.mark.parametrize("carry", [True, False])
@@ -104,13 +104,13 @@ def test_carry_keeps_and_reinit_starts_anew(carry: bool) -> None:
     with torch.no_grad():
         for parameter in modules.parameters():
             parameter.fill_(0.5)
-    modules.begin_stage(1)
-    kept = all(bool((p == 0.5).all()) for p in modules.for_stage(1).parameters())
+    modules.begin_behind(1)
+    kept = all(bool((p == 0.5).all()) for p in modules.behind(1).parameters())
     assert kept is carry
     if not carry:
-        once = fingerprint(modules.for_stage(1))
-        modules.begin_stage(1)
-        assert fingerprint(modules.for_stage(1)) == once
+        once = fingerprint(modules.behind(1))
+        modules.begin_behind(1)
+        assert fingerprint(modules.behind(1)) == once
 
 
 def test_flat_part_is_the_same_memory_and_releases_it() -> None:

@@ -45,8 +45,8 @@ def small(**sections: dict[str, object]) -> Config:
 
 
 @functools.cache
-def costs_of(split: tuple[str, ...]) -> Costs:
-    return measure_costs(with_split(small(), split), SHAPE, CLASSES)
+def costs_of(split: tuple[str, ...], window: int = 1) -> Costs:
+    return measure_costs(with_split(small(method={"window": window}), split), SHAPE, CLASSES)
 
 
 @functools.cache
@@ -59,22 +59,26 @@ def estimate_of(begin: int, end: int, measure: Callable[[_Search, int, int], int
 @pytest.fixture
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each cut of the network of `small` is measured once, whichever test needs it: the fleet changes nothing in it."""
-    monkeypatch.setattr(cut, "measure_costs", lambda config, *_: costs_of(tuple(config.model.split)))
+    monkeypatch.setattr(
+        cut, "measure_costs", lambda config, *_: costs_of(tuple(config.model.split), config.method.window)
+    )
     monkeypatch.setattr(_Search, "_estimate", lambda self, begin, end: estimate_of(begin, end))
 
 
 @pytest.mark.usefixtures("measured_once")
-def test_each_proposal_has_the_smallest_peak_of_all_cuts_into_as_many_blocks() -> None:
-    config = small()
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_each_proposal_has_the_smallest_peak_of_all_cuts_into_as_many_blocks(window: int) -> None:
+    config = small(method={"window": window})
     fleet = make_fleet(config.fleet, 0)
     found = {len(p.split): p for p in propose(config, SHAPE, CLASSES, fleet, 1.0)}
     places = ("conv1", "layer1", "layer2", "layer3")
     lowest = None
-    for blocks in range(1, len(places) + 1):
+    for blocks in range(window, len(places) + 1):
         cuts = [("conv1", *rest) for rest in itertools.combinations(places[1:], blocks - 1)]
         peak = min(proposal_of(config, split, SHAPE, CLASSES, fleet).peak_bytes for split in cuts)
         if lowest is None or peak < lowest:
             assert found[blocks].peak_bytes == peak
+            assert found[blocks].blocks == blocks == len(found[blocks].costs.stages) + window - 1
             lowest = peak
         else:
             assert blocks not in found
@@ -98,6 +102,13 @@ def test_a_method_without_blocks_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         list(propose(config, SHAPE, CLASSES, make_fleet(config.fleet, 0), 1.0))
     assert_one_line(caught.value, "--cut", "fedavg", "smartfreeze")
+
+
+def test_a_window_wider_than_any_cut_is_refused() -> None:
+    config = small(method={"window": 5})
+    with pytest.raises(ConfigError) as caught:
+        list(propose(config, SHAPE, CLASSES, make_fleet(config.fleet, 0), 1.0))
+    assert_one_line(caught.value, "method.window: 5", "4 places")
 
 
 @pytest.fixture(scope="module")
