@@ -30,7 +30,7 @@ def block_perturbation(updates: Sequence[np.ndarray]) -> float:
 
 
 class PerturbationWindow:
-    """The last Q updates of the active block, cleared when a stage begins."""
+    """The last Q updates of what the stage freezes, cleared when a stage begins."""
 
     def __init__(self, window: int):
         self.window = window
@@ -74,6 +74,7 @@ class PacePolicy(ABC):
     """One rule for when a block is frozen: a plain object, told every round, asked nothing else."""
 
     def __init__(self, config: PaceConfig, total_rounds: int, active_parameters: Sequence[int]):
+        """`active_parameters`: how many each stage freezes."""
         self.config = config
         self.total_rounds = total_rounds
         self.active_parameters = active_parameters

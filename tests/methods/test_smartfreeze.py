@@ -1,5 +1,7 @@
 """A window of several blocks: who trains, who is frozen, what the pace controller looks at, what it costs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from fedfreeze.network.stage import LocalTrainer
 from fedfreeze.server.clock import EmulatedClock
 from tests.network.test_stage import batch, fingerprint
 from tests.support.checks import assert_one_line
+from tests.support.launching import ENVIRONMENT, command, run, sha256, write_config
 
 CPU = torch.device("cpu")
 
@@ -149,3 +152,29 @@ def test_parts_that_enter_later_start_anew_without_carry() -> None:
     assert all(bool((p == 0.5).all()) for block in blocks for p in block.parameters())
     kept = [all(bool((p == 0.5).all()) for p in surrogate.parameters()) for surrogate in modules["surrogates"]]
     assert kept == [True, True, False]
+
+
+# Calculates on the second rank another start of a stage, as a processor of another make may in the last bits.
+UNEVEN = """
+import torch
+import torch.distributed as dist
+from fedfreeze.methods import SmartFreeze
+
+
+class Uneven(SmartFreeze):
+    def begin_stage(self, index):
+        super().begin_stage(index)
+        if dist.is_initialized() and dist.get_rank():
+            with torch.no_grad():
+                self.blocked.blocks[index][0].conv1.weight.add_(1)
+"""
+
+
+def test_all_ranks_start_a_stage_with_the_weights_of_rank_0(tmp_path: Path) -> None:
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    config = write_config(tmp_path, train={"rounds": 3}, pace={"policy": "fixed"}, method={"name": "uneven:Uneven"})
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    for ranks in (1, 2):
+        done = run(command(config, tmp_path / f"run{ranks}", ranks=ranks), environment=environment, fresh=True)
+        assert done.returncode == 0, done.stderr
+    assert sha256(tmp_path / "run1") == sha256(tmp_path / "run2")
