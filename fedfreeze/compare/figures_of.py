@@ -18,6 +18,7 @@ RUN_FIGURES = (
     "rounds",
     "emulated_s",
     "traffic_bytes",
+    "flops",
     "peak_memory_mib",
     "mean_memory_mib",
     "full_memory_mib",
@@ -124,6 +125,7 @@ def run_figures(run: Run) -> dict[str, float | None]:
         "rounds": len(run.rounds),
         "emulated_s": cumulated_s(run)[-1],
         "traffic_bytes": cumulated_bytes(run)[-1],
+        "flops": _total([record.flops for record in run.rounds]),
         "peak_memory_mib": peak,
         "mean_memory_mib": math.fsum(peaks) / len(peaks) if peaks else None,
         "full_memory_mib": full,
@@ -131,6 +133,12 @@ def run_figures(run: Run) -> dict[str, float | None]:
         "participation": len(trained) / len(run.devices),
         "inclusion": run.summary.inclusion,
     }
+
+
+def _total(amounts: Sequence[float | None]) -> float | None:
+    """Return the sum; None where one is not known."""
+    known = [amount for amount in amounts if amount is not None]
+    return math.fsum(known) if len(known) == len(amounts) else None
 
 
 def figures_to_target(run: Run, target_accuracy: float | None) -> dict[str, float | None]:

@@ -39,6 +39,7 @@ class _RoundLine:
     bytes_up: Count
     bytes_down: Count
     emulated_s: Amount | None = None
+    flops: Amount | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class RoundRecord:
     bytes_down: int
     emulated_s: float | None
     """None: of a revision without an emulated clock."""
+    flops: float | None
+    """None: of a revision that did not count them."""
 
 
 @checked(frozen=True, kw_only=True, config=_STRICT)
@@ -252,6 +255,7 @@ class _Metrics:
                 found.bytes_up,
                 found.bytes_down,
                 found.emulated_s,
+                found.flops,
             )
         )
 

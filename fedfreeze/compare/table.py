@@ -68,6 +68,10 @@ def column_groups(comparison: Comparison) -> list[Group]:
 
     unit_s, time_unit = _unit([row.figures["emulated_s"] for row in rows], [(3600.0, "h"), (1.0, "s")], 7200.0)
     unit_b, data_unit = _unit([row.figures["traffic_bytes"] for row in rows], [(1e9, "GB"), (1e6, "MB")], 1e9)
+    operations = [row.figures["flops"] for row in rows]
+    unit_f, flop_unit = _unit(operations, [(1e15, "PFLOP"), (1e12, "TFLOP")], 1e15)
+    # runs of an older revision have none
+    computing = (column("flops", f"computing ({flop_unit})", unit_f),) if any(each.known for each in operations) else ()
     target = comparison.target.accuracy
     to = "to target" if target is None else f"to {target:.4g}"
     return [
@@ -86,6 +90,7 @@ def column_groups(comparison: Comparison) -> list[Group]:
                 rounds("rounds", "rounds"),
                 column("emulated_s", f"emulated time ({time_unit})", unit_s),
                 column("traffic_bytes", f"traffic ({data_unit})", unit_b),
+                *computing,
                 share("participation", "trained %"),
                 share("inclusion", "could train %"),
             ),

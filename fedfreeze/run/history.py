@@ -133,6 +133,7 @@ class History:
             "participation": len(coordinator.trained) / len(coordinator.fleet),
             "bytes_up": clock.bytes_up,
             "bytes_down": clock.bytes_down,
+            "flops": clock.flops,
             "emulated_s": clock.emulated_s,
             "probe_s": clock.probe_s,
             "wall_s": wall_s,
@@ -238,6 +239,7 @@ class History:
             "emulated_s": coordinator.clock.now_s,
             "wall_s": self.wall_s,
             "bytes_total": coordinator.clock.bytes_total,
+            "flops_total": coordinator.clock.flops_total,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -81,6 +81,9 @@ class EmulatedClock:
         self.train = train
         self.now_s = 0.0
         self.bytes_total = 0
+        self.flops_total: float | None = 0.0
+        """Floating-point operations of all devices until now; None: an older version, which began the run, did not
+        count them."""
         self.frozen_held = np.zeros(len(fleet), dtype=np.int64)  # how many frozen blocks each device has downloaded
         self._frozen_elements = np.array([levels[-1].frozen_elements for levels in costs.levels])
         self._begin_round()
@@ -107,6 +110,8 @@ class EmulatedClock:
         self.round_s = 0.0
         self.bytes_up = 0
         self.bytes_down = 0
+        self.flops = 0.0
+        """Floating-point operations of this round: training of the devices that completed, and answers."""
         self._has_model: set[int] = set()  # devices that were sent this round's model before they were selected
 
     def wait_for(self, devices: Sequence[int]) -> list[int]:
@@ -138,6 +143,7 @@ class EmulatedClock:
         self.probe_s += finish.seconds
         self.probed += len(finish.in_time)
         self.bytes_up += len(finish.in_time) * numbers * FLOAT_BYTES
+        self.flops += float(self.forward_flops[np.asarray(finish.in_time, dtype=np.int64)].sum())
         self._send_down(devices)
         return finish.in_time
 
@@ -151,8 +157,12 @@ class EmulatedClock:
     def end_round(self, reports: Sequence[DeviceReport]) -> None:
         """Charge the bytes of a round's devices and let its time pass."""
         self._send_down([report.device for report in reports])
-        self.bytes_up += sum(int(self.model_bytes[report.device]) for report in reports if report.failed is None)
+        completed = np.array([report.device for report in reports if report.failed is None], dtype=np.int64)
+        self.bytes_up += int(self.model_bytes[completed].sum())
         self.bytes_total += self.bytes_up + self.bytes_down
+        self.flops += float(self.train_flops[completed].sum())
+        if self.flops_total is not None:
+            self.flops_total += self.flops
         self.now_s += self.emulated_s
 
     def _send_down(self, devices: Sequence[int]) -> None:
@@ -169,12 +179,14 @@ class EmulatedClock:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values."""
         held = {int(device): int(self.frozen_held[device]) for device in np.flatnonzero(self.frozen_held)}
-        return {"now_s": self.now_s, "bytes_total": self.bytes_total, "frozen_held": sorted(held.items())}
+        totals = {"now_s": self.now_s, "bytes_total": self.bytes_total, "flops_total": self.flops_total}
+        return totals | {"frozen_held": sorted(held.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
         self.now_s = state["now_s"]
         self.bytes_total = state["bytes_total"]
+        self.flops_total = state.get("flops_total")
         self.frozen_held[:] = 0
         for device, blocks in state["frozen_held"]:
             self.frozen_held[device] = blocks

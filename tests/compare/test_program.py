@@ -46,6 +46,7 @@ def test_figures_of_one_run_worked_by_hand(tmp_path: Path) -> None:
             "rounds": 4,
             "emulated_s": 100.0,
             "traffic_bytes": 4000,  # 600 up and 400 down in each of four rounds
+            "flops": 1e13,  # 2.5e12 in each of four rounds
             "peak_memory_mib": 4.0,
             "mean_memory_mib": 2.5,  # (1 + 2 + 3 + 4) / 4 device-rounds
             "full_memory_mib": 5.0,
@@ -143,6 +144,18 @@ def test_a_configuration_of_an_earlier_revision_has_the_defaults(tmp_path: Path)
     assert comparison.rows[0].figures["emulated_s"].values == (30.0, None)
     assert any(f"no emulated time in {two}" in notice for notice in comparison.notices)
     assert "30.0 (1/2)" in markdown_table(comparison)
+
+
+def test_runs_of_a_version_that_did_not_count_operations_have_none(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
+    assert "computing (TFLOP)" in markdown_table(compared(one))
+    lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("flops", None)
+    (two / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compared(one, two).rows[0].figures["flops"].values == (2.5e12 * 3, None)
+    assert compared(two).rows[0].figures["flops"].mean is None
+    assert "computing" not in markdown_table(compared(two))
 
 
 def test_notices_name_what_else_differs(tmp_path: Path) -> None:
@@ -317,6 +330,7 @@ RUN_SAYS = {
     "rounds": "rounds",
     "emulated_s": "emulated_s",
     "traffic_bytes": "bytes_total",
+    "flops": "flops_total",
     "peak_memory_mib": "peak_memory_mib",
     "mean_memory_mib": "mean_memory_mib",
     "full_memory_mib": "full_memory_mib",

@@ -148,7 +148,7 @@ def test_flops_and_elements_against_a_hand_count() -> None:
     assert costs.stages[2].frozen_flops == 2 * 2 * (4 * 9 * 64 + layer1 + layer2)
     # layer3: three convolutions and three batch norms (two parameters, two statistics a channel), then the classifier
     convolutions = 8 * 16 * 9 + 16 * 16 * 9 + 8 * 16
-    assert costs.stages[2].active_parameters == convolutions + 3 * 2 * 16
+    assert costs.stages[2].watched_parameters == convolutions + 3 * 2 * 16
     assert costs.stages[2].trained_elements == convolutions + 3 * 4 * 16 + 16 * 10 + 10
     assert costs.stages[2].bytes_up == 4 * costs.stages[2].trained_elements
     assert [cost.frozen_flops for cost in costs.stages[:1]] == [0]

@@ -125,7 +125,7 @@ def cost(*, step: int, forward: int, trained: int, frozen: int = 0, memory: int 
         frozen_flops=0,
         forward_flops=forward,
         trained_elements=trained,
-        active_parameters=trained,
+        watched_parameters=trained,
         frozen_elements=frozen,
     )
 
@@ -167,6 +167,7 @@ def test_a_round_by_hand():
     assert one_round(now, [0, 2]) == [0, 2]
     assert now.round_s == now.emulated_s == now.now_s == 9.5
     assert (now.bytes_up, now.bytes_down, now.bytes_total) == (400, 400, 800)
+    assert now.flops == now.flops_total == 100 + 400  # 10 samples at 100 a batch of 10, and 40
 
 
 def test_local_epochs_are_charged():
@@ -303,7 +304,7 @@ def test_a_state_goes_through_json_and_goes_on_where_it_was():
     again.frozen_held[:] = 7
     again.load_state_dict(state)
     again.enter_stage(1)
-    assert (again.now_s, again.bytes_total) == (now.now_s, now.bytes_total)
+    assert (again.now_s, again.bytes_total, again.flops_total) == (now.now_s, now.bytes_total, now.flops_total)
     assert again.frozen_held.tolist() == [0, 1, 0]
     for each in (now, again):
         one_round(each, [0, 1])
@@ -330,3 +331,16 @@ def test_time_and_bytes_only_grow_and_nobody_gets_a_frozen_block_twice(rounds, p
         sent += now.bytes_down
         selected += len(devices)
     assert sent == 80 * selected + 120 * int((now.frozen_held == 1).sum())
+
+
+def test_who_fails_has_computed_nothing_that_counts_and_an_older_checkpoint_has_no_sum():
+    now = clock()
+    now.wait_for([0, 1, 2])
+    now.finish([0, 1], 3)
+    now.end_round([report(0, "diverged"), report(1)])
+    assert now.flops == now.flops_total == 10 * SAMPLES[1]
+    state = {name: value for name, value in now.state_dict().items() if name != "flops_total"}
+    again = clock()
+    again.load_state_dict(state)
+    one_round(again, [0])
+    assert (again.flops, again.flops_total) == (100, None)

@@ -29,7 +29,7 @@ def cost(
         frozen_flops=0,
         forward_flops=40,
         trained_elements=trained,
-        active_parameters=active,
+        watched_parameters=active,
         frozen_elements=frozen,
         batch_norm=batch_norm,
     )
