@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from fedfreeze.config.file import config_values, read_yaml
-from fedfreeze.config.schema import CODE_KEYS, Config
+from fedfreeze.config.file import read_yaml, values_before
+from fedfreeze.config.schema import CODE_KEYS
 from fedfreeze.errors import ConfigError, DataError, one_line
 from fedfreeze.storage.files import decoded, json_object, read_lines, told_of_reading
 
@@ -115,7 +115,7 @@ class Run:
 
     path: Path
     config: dict[str, Any]
-    """Values by key (`train.rounds`); keys of later revisions than the run's have their defaults."""
+    """Values by key (`train.rounds`); keys of later revisions than the run's have what it did."""
     rounds: tuple[RoundRecord, ...]
     stages: tuple[StageRecord, ...]
     summary: Summary
@@ -193,7 +193,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise DataError(one_line(error)) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} holds a value that no run has: {one_line(error)[:120]}") from None
-    found = dict(_defaults())
+    found = dict(_before())
     for section, value in values.items():
         if isinstance(value, dict):
             found |= {f"{section}.{name}": item for name, item in value.items()}
@@ -211,9 +211,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 @cache
-def _defaults() -> dict[str, Any]:
+def _before() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for section, value in config_values(Config()).items():
+    for section, value in values_before().items():
         if isinstance(value, dict):
             found |= {f"{section}.{name}": item for name, item in value.items()}
         else:

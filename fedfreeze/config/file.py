@@ -14,7 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import fedfreeze
-from fedfreeze.config.schema import RESUME_MAY_DIFFER, WHERE_DATA_LIES, Config
+from fedfreeze.config.schema import BEFORE, RESUME_MAY_DIFFER, WHERE_DATA_LIES, Config
 from fedfreeze.errors import ConfigError, one_line
 
 _SECTIONS = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
@@ -136,15 +136,25 @@ def told_of_writer(path: Path | None) -> Iterator[None]:
         ) from None
 
 
-def filled_up(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the values of another version's config.yaml, with this one's default for each key that it lacks.
+def values_before() -> dict[str, Any]:
+    """Return what a version does that lacks all keys: the defaults, but for the keys in BEFORE."""
+    found = config_values(Config())
+    for key, value in BEFORE.items():
+        section, _, name = key.partition(".")
+        found[section] = found[section] | {name: value}
+    return found
 
-    Beside them, by their dotted names: the keys that it lacked, with the defaults, and those that are not known here.
+
+def filled_up(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the values of another version's config.yaml, and for each key that it lacks what that version did.
+
+    That is the default, but for the keys in BEFORE. Beside them, by their dotted names: the keys that it lacked, with
+    what was taken, and those that are not known here.
     """
     filled: dict[str, Any] = {}
     missing: dict[str, Any] = {}
     unknown = {name: value for name, value in values.items() if name not in _TOP_LEVEL}
-    for name, default in config_values(Config()).items():
+    for name, default in values_before().items():
         given = values.get(name)
         if isinstance(default, dict) and (given is None or isinstance(given, dict)):
             given = given or {}

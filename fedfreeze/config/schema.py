@@ -117,9 +117,9 @@ class MethodConfig:
     """What imitates a missing block: convolution + norm + activation, bare convolution, residual block, or nothing."""
     carry: bool = True
     """Carry the output module's remaining parts into the next stage (true) or start them anew (false)."""
-    start: Literal["surrogate", "anew"] = "anew"
+    start: Literal["surrogate", "anew"] = "surrogate"
     """`smartfreeze`: what a new block starts from: the surrogate that imitated it, so that the network goes on where it
-    was, or weights of its own. Not with `output_module: pool`, which has no surrogates."""
+    was, or weights of its own (the paper's form, as far as it says). `output_module: pool` has no surrogates."""
     start_kept: Annotated[float, Field(ge=0, le=1)] = 0.3
     """`start: surrogate`: the share of its first weights that a later layer of the block keeps beside the identity."""
     window: Positive = 1
@@ -407,6 +407,9 @@ def code_named(config: Config) -> tuple[str | None, ...]:
     named: tuple[str | None, ...] = attrgetter(*CODE_KEYS)(config)
     return named
 
+
+# What versions did that did not know a key yet, where the default is something else now.
+BEFORE = {"method.start": "anew"}
 
 # A resumed run may differ in these sections only; anything else would make it another run.
 RESUME_MAY_DIFFER = ("comm", "checkpoint", "track")

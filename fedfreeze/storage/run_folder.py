@@ -163,14 +163,17 @@ class RunFolder:
             difference = resume_difference(theirs, ours)
             lacks = {key: value for key, value in missing.items() if key.partition(".")[0] not in RESUME_MAY_DIFFER}
             if difference and difference.partition(" ")[0] in lacks:
-                difference += f" ({path} lacks it, so it was the default)"
+                key = difference.partition(" ")[0]
+                difference += (
+                    f" ({path} lacks it, so it was {lacks[key]!r}; go on with --{key}={json.dumps(lacks[key])})"
+                )
             if difference:
                 raise ConfigError(
                     f"run folder {self.path} holds another run: {difference}; use another --run-dir or --name"
                 )
             if lacks:
                 listed = ", ".join(f"{key}={value!r}" for key, value in lacks.items())
-                notices.append(f"{path}, by {self._writer()}, lacks keys that are known now; default taken: {listed}")
+                notices.append(f"{path}, by {self._writer()}, lacks keys that are known now; taken for them: {listed}")
         elif self.has_checkpoint():
             raise ConfigError(f"run folder {self.path} has checkpoints but no config.yaml; use another --run-dir")
         return notices

@@ -146,6 +146,13 @@ def test_a_configuration_of_an_earlier_revision_has_the_defaults(tmp_path: Path)
     assert "30.0 (1/2)" in markdown_table(comparison)
 
 
+def test_a_run_of_a_version_whose_blocks_started_anew_is_told_as_such(tmp_path: Path) -> None:
+    now, before = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    lines = (before / "config.yaml").read_text().splitlines(keepends=True)
+    (before / "config.yaml").write_text("".join(line for line in lines if "  start" not in line))
+    assert labels(compared(now, before)) == ["smartfreeze", "smartfreeze, start=anew"]
+
+
 def test_runs_of_a_version_that_did_not_count_operations_have_none(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
     assert "computing (TFLOP)" in markdown_table(compared(one))

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import fedfreeze
-from fedfreeze.config.file import load_config, writer_of
+from fedfreeze.config.file import config_values, load_config, writer_of
+from fedfreeze.config.schema import BEFORE
 from fedfreeze.errors import ConfigError
 from fedfreeze.storage.run_folder import RunFolder
 from tests.support.checks import assert_one_line
@@ -36,10 +37,10 @@ def test_config_yaml_says_which_version_wrote_it(begun):
 @pytest.mark.parametrize(
     ("lacks", "told"),
     [
-        (["train.momentum"], "default taken: train.momentum=0.9"),
-        (["train.momentum", "pace.window"], "default taken: train.momentum=0.9, pace.window="),
-        (["select"], "default taken: select.name="),
-        (["seed"], "default taken: seed=0"),
+        (["train.momentum"], "taken for them: train.momentum=0.9"),
+        (["train.momentum", "pace.window"], "taken for them: train.momentum=0.9, pace.window="),
+        (["select"], "taken for them: select.name="),
+        (["seed"], "taken for them: seed=0"),
     ],
 )
 def test_a_key_that_an_older_config_yaml_lacks_has_its_default_with_a_notice(begun, lacks, told):
@@ -57,7 +58,11 @@ def test_the_default_of_a_key_that_is_lacking_is_held_against_what_is_asked_now(
     without(begun, "train.momentum")
     with pytest.raises(ConfigError) as caught:
         RunFolder(begun).open(config(train={"momentum": 0.5}))
-    assert_one_line(caught.value, "train.momentum was 0.9 and is now 0.5 (", "lacks it, so it was the default")
+    assert_one_line(
+        caught.value,
+        "train.momentum was 0.9 and is now 0.5 (",
+        "lacks it, so it was 0.9; go on with --train.momentum=0.9",
+    )
 
 
 def test_keys_of_what_may_differ_are_not_missed(begun):
@@ -93,3 +98,22 @@ def test_a_configuration_of_a_newer_version_says_so_wherever_it_is_read(begun):
     with pytest.raises(ConfigError, match=r"unknown key train\.warp") as caught:
         load_config(str(path))
     assert "written by" not in str(caught.value)
+
+
+def test_a_key_whose_default_is_not_what_older_versions_did_must_be_given(begun):
+    """Blocks started anew before there was a choice; a run that goes on must not change its method on the way."""
+    assert config().method.start == "surrogate"
+    without(begun, "method.start", "method.start_kept", "method.window")
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(begun).open(config())
+    told = ("method.start was 'anew' and is now 'surrogate'", 'go on with --method.start="anew"')
+    assert_one_line(caught.value, *told)
+    (notice,) = RunFolder(begun).open(config(method={"start": "anew"}))
+    assert "taken for them: method.start='anew', method.start_kept=0.3, method.window=1" in notice
+
+
+def test_what_older_versions_did_is_known_of_keys_that_there_are():
+    values = config_values(config())
+    for key, value in BEFORE.items():
+        section, _, name = key.partition(".")
+        assert values[section][name] != value
