@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -195,7 +195,8 @@ class WidthScaled(Method):
     def enter_level(self, index: int, level: int, device: torch.device) -> Stage:
         """See Method."""
         width = self.widths[level]
-        model = scaled(self.config.model, width)
+        laid: Literal["channels_last", "contiguous"] = "channels_last" if self.blocked.channels_last else "contiguous"
+        model = replace(scaled(self.config.model, width), memory_format=laid)
         blocked = build_network(model, self.blocked.image_shape, self.blocked.num_classes, self.config.seed)
         return SubModelStage(blocked, width / self.width, device)
 
@@ -210,14 +211,13 @@ class WidthScaled(Method):
             places = self._places(whole[slot.path], slot.shape, round_number)
             if slot.owner is classifier:
                 places[absent] = -1
-            index[slot.begin : slot.end] = places.flatten()
+            index[slot.begin : slot.end] = slot.flattened(places)
         return index
 
     def _places(self, slot: Slot, kept: torch.Size, round_number: int) -> torch.Tensor:
         """Return where the elements of a tensor of the sub-model, in its shape, are in the flat buffer."""
         places = torch.tensor(slot.begin)
-        strides = [math.prod(slot.shape[i + 1 :]) for i in range(len(kept))]
-        for size, size_kept, stride in zip(slot.shape, kept, strides, strict=True):
+        for size, size_kept, stride in zip(slot.shape, kept, slot.strides, strict=True):
             # a dimension that is not cut (image channels, classes, kernels) stays in order
             chosen = torch.arange(size) if size == size_kept else self.window(size, size_kept, round_number)
             places = places.unsqueeze(-1) + stride * chosen

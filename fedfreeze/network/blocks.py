@@ -3,7 +3,7 @@
 import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch._guards import detect_fake_mode
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from fedfreeze.config.schema import ModelConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.network.chain import Link, chain_of
+from fedfreeze.network.memory import gains, lay_channels_last, takes_channels_last
 from fedfreeze.network.models import MODELS
 from fedfreeze.network.modes import Block, Exceptions, exceptions_of
 from fedfreeze.network.own_network import make_fake, own_network
@@ -40,6 +41,8 @@ class BlockedNetwork:
     """What it takes."""
     uncut: str | None = None
     """Why it cannot be cut: then it is one block, and its head is empty."""
+    channels_last: bool = False
+    """Whether weights of convolutions lie channels last (memory.py)."""
 
     def check_cut(self) -> None:
         """Raise ConfigError for a network that cannot be cut."""
@@ -63,6 +66,8 @@ class Outline:
     """Modules that do not follow the mode that they are told (modes.py)."""
     uncut: str | None = None
     """Why it could not be followed, and cannot be cut."""
+    channels_last: bool = False
+    """Whether weights of convolutions lie channels last (memory.py)."""
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -85,6 +90,7 @@ class Outline:
                 places=(),
                 image_shape=self.image_shape,
                 uncut=self.uncut,
+                channels_last=self.channels_last,
             )
         starts = _starts(self.network, self.links[: self.head_start], split)
         ends = [*starts[1:], self.head_start]
@@ -103,6 +109,7 @@ class Outline:
             num_classes=self.num_classes,
             places=self.places,
             image_shape=self.image_shape,
+            channels_last=self.channels_last,
         )
 
 
@@ -120,16 +127,41 @@ def build_outline(config: ModelConfig, image_shape: ImageShape, num_classes: int
     with global_seed(seed, "network"):
         if config.factory is None:
             network, usual_split = MODELS[config.name](config, num_classes, image_shape)
-            return outline_of(network, image_shape, num_classes, usual_split, verified_as=repr(config))
+            outline = outline_of(network, image_shape, num_classes, usual_split, verified_as=repr(config))
+            return _laid(outline, config, takes=True)
         fake_mode = detect_fake_mode()
         # for real even where costs are predicted: a factory may load, convert or look at weights, and following a
         # forward needs values
         with unset_fake_temporarily(), own_code("model.factory", config.factory):
             own, factory = own_network(config, image_shape, num_classes)
             outline = outline_or_whole(own, image_shape, num_classes, verified_as=(factory, repr(config)))
+            outline = _laid(outline, config, verified_as=(factory, repr(config)))
         if fake_mode is not None:
             make_fake([own, *(link.module for link in outline.links)], fake_mode)
         return outline
+
+
+def _laid(outline: Outline, config: ModelConfig, takes: bool | None = None, verified_as: Hashable = None) -> Outline:
+    """Let weights lie as the configuration says; `takes`: whether it is known that the network runs channels last.
+
+    Raises ConfigError where it is asked for and the network does not.
+    """
+    wanted = config.memory_format
+    if wanted == "contiguous" or (wanted == "auto" and not gains(outline.network)):
+        return outline
+    if takes is None:
+        if verified_as not in _takes_channels_last:
+            _takes_channels_last[verified_as] = takes_channels_last(outline.network, outline.image_shape)
+        takes = _takes_channels_last[verified_as]
+    if not takes:
+        if wanted == "auto":
+            return outline
+        raise ConfigError(
+            "model.memory_format: the network fails with channels_last, as a forward does that calls view where "
+            "reshape would do; use contiguous"
+        )
+    lay_channels_last(outline.network)
+    return replace(outline, channels_last=True)
 
 
 def outline_or_whole(
@@ -189,6 +221,8 @@ def outline_of(
     raise ConfigError(f"model: cut into blocks, the network would not train as its own forward does: {differs}")
 
 
+# Of networks that were tried: whether they run channels last.
+_takes_channels_last: dict[Hashable, bool] = {}
 # Of networks that were held against themselves: whether their modules were entered (chain.py).
 _verified: dict[Hashable, bool] = {}
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedfreeze.network.memory import is_channels_last
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -22,10 +24,30 @@ class Slot:
     begin: int
     end: int
 
+    channels_last: bool
+    """Whether its elements stand in the order out x height x width x in (memory.py)."""
+
     @property
     def is_parameter(self) -> bool:
         """Whether it trains; else it is a float buffer, such as a running mean."""
         return isinstance(self.tensor, nn.Parameter)
+
+    def view_of(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return its place in a flat tensor, in its shape."""
+        piece = flat[self.begin : self.end]
+        if not self.channels_last:
+            return piece.view(self.shape)
+        out, channels, height, width = self.shape
+        return piece.view(out, height, width, channels).permute(0, 3, 1, 2)
+
+    def flattened(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values of its shape, or of a smaller one, in the order in which its elements stand."""
+        return (values.permute(0, 2, 3, 1) if self.channels_last else values).reshape(-1)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """How far apart neighbours along each dimension stand in the flat buffer."""
+        return self.view_of(torch.empty(self.end, device="meta")).stride()
 
 
 class FlatPart:
@@ -35,7 +57,8 @@ class FlatPart:
     `buffer[:active_parameters]` is what the pace controller watches, `buffer[:parameters]` is what SGD trains, and the
     whole buffer is what one all-reduce carries. A tensor that several modules share has one place. A parameter that
     does not require gradients has none: it never changes. Whole-number buffers (counts of batches) are not averaged:
-    `load` puts them back to what they were, so that they do not depend on which rank trained.
+    `load` puts them back to what they were, so that they do not depend on which rank trained. The elements of a tensor
+    stand as they lie in memory, so those of a convolution's weights may stand channels last.
     """
 
     def __init__(self, active: nn.Module, output_module: nn.Module, device: torch.device):
@@ -48,7 +71,7 @@ class FlatPart:
         self.parameters = end
         for prefix, part in parts:
             end = self._place(part, prefix, "_buffers", end)
-        tensors = [slot.tensor.detach().reshape(-1) for slot in self.slots]
+        tensors = [slot.flattened(slot.tensor.detach()) for slot in self.slots]
         empty = torch.zeros(0, device=device)
         self.buffer = torch.cat([empty, *(t.to(device=device, dtype=torch.float32) for t in tensors)])
         for slot in self.slots:
@@ -67,7 +90,8 @@ class FlatPart:
             if not tensor.is_floating_point():
                 self._counters.append((owner, name, tensor, tensor.clone()))
                 continue
-            self.slots.append(Slot(path, owner, name, tensor, tensor.shape, end, end + tensor.numel()))
+            last = is_channels_last(tensor)
+            self.slots.append(Slot(path, owner, name, tensor, tensor.shape, end, end + tensor.numel(), last))
             end += tensor.numel()
         return end
 
@@ -77,7 +101,7 @@ class FlatPart:
         return sum(slot.end - slot.begin for slot in self.slots if id(slot.tensor) in own)
 
     def _view(self, slot: Slot) -> torch.Tensor:
-        return self.buffer[slot.begin : slot.end].view(slot.shape)
+        return slot.view_of(self.buffer)
 
     def __len__(self) -> int:
         return self.buffer.numel()
@@ -106,11 +130,7 @@ class FlatPart:
 
     def views(self, flat: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
         """Return, for each parameter, its slice of a flat tensor of `parameters` elements, in its shape."""
-        return {
-            slot.tensor: flat[slot.begin : slot.end].view(slot.shape)
-            for slot in self.slots
-            if isinstance(slot.tensor, nn.Parameter)
-        }
+        return {slot.tensor: slot.view_of(flat) for slot in self.slots if isinstance(slot.tensor, nn.Parameter)}
 
     def release(self) -> None:
         """Give every tensor storage of its own again, so that a frozen block does not keep the flat buffer alive."""

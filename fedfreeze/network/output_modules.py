@@ -6,6 +6,7 @@ from torch import nn
 from fedfreeze.config.schema import MethodConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.network.blocks import BlockedNetwork
+from fedfreeze.network.memory import lay_channels_last
 from fedfreeze.network.models.resnet import BasicBlock, conv3x3, norm_layer
 from fedfreeze.network.models.vit import EncoderLayer, TokenMean
 from fedfreeze.network.probing import Shape
@@ -37,6 +38,8 @@ class OutputModules(nn.Module):
             else:
                 for before, after in zip(blocked.shapes[:-1], blocked.shapes[1:], strict=True):
                     self.surrogates.append(_surrogate(method.output_module, before, after, norm))
+        if blocked.channels_last:
+            lay_channels_last(self.surrogates)
 
     def behind(self, block: int) -> nn.Sequential:
         """Return the output module behind a block: surrogates of the later blocks, then pooling and classifier."""

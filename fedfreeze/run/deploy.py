@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ def load_model(run_dir: str | Path) -> nn.Module:
     channels, height, width = summary["image_shape"]
     fitted = summary.get("fitted", {})
     model = method_class(config).network(config.model, fitted)
+    model = replace(model, memory_format="contiguous")
     blocked = build_network(model, (channels, height, width), summary["num_classes"], config.seed)
     network = make_method(config, blocked, fitted).deployed(summary["deployed_stage"])
     known, now = summary.get("own_code"), code_digests([config.model.factory, config.method.name])

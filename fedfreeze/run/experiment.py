@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -80,7 +80,7 @@ class Experiment:
         self.fitted: dict[str, Any] = ranks.decide(lambda: self._fit(fleet))
         # before the network is built: what no device can hold may not fit this machine either
         ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
-        self.method = ranks.together(self._build)
+        self.method = ranks.together(partial(self._build, device))
         self.emulator = Emulator(config, self.data, parts, self.method, device, self._check)
         self.window = PerturbationWindow(config.pace.window)
         self.checkpoints = CheckpointStore(folder.path / "checkpoints", config.checkpoint.keep, reporter.notice)
@@ -100,8 +100,10 @@ class Experiment:
             )
         return identity
 
-    def _build(self) -> Method:
+    def _build(self, device: torch.device) -> Method:
         model = method_class(self.config).network(self.config.model, self.fitted)
+        if model.memory_format == "auto" and device.type != "cpu":
+            model = replace(model, memory_format="contiguous")  # what GPUs gain by it has not been measured
         blocked = build_network(model, self.data.image_shape, self.data.num_classes, self.config.seed)
         method = make_method(self.config, blocked, self.fitted)
         with own_code("method.name", self.config.method.name):

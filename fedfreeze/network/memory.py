@@ -1,0 +1,54 @@
+"""How the weights of convolutions lie in memory: one channel after the other, or channels last, which CPUs run faster.
+
+With weights that lie channels last, torch computes convolutions, and all that follows them, in that order; images need
+not be converted. Results differ by rounding alone.
+"""
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fedfreeze.network.state import untouched
+from fedfreeze.seeds import global_seed
+
+# Below this many convolutions over neighbouring pixels it gains nothing.
+_CONVOLUTIONS = 2
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor (out, in, height, width) lies channels last, and not both ways at once."""
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def lay_channels_last(module: nn.Module) -> None:
+    """Let the weights of convolutions lie channels last; what the values are does not change."""
+    _lay(module, torch.channels_last)
+
+
+def _lay(module: nn.Module, memory_format: torch.memory_format) -> None:
+    for parameter in module.parameters():
+        if parameter.dim() == 4 and not isinstance(parameter, FakeTensor):
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def gains(network: nn.Module) -> bool:
+    """Tell whether a network has convolutions enough for it to matter."""
+    convolutions = [
+        module for module in network.modules() if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+    ]
+    return len(convolutions) >= _CONVOLUTIONS
+
+
+def takes_channels_last(network: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Tell whether a network trains with weights that lie so: a forward that calls `view` may not. It is tried."""
+    with untouched(network), torch.enable_grad(), global_seed(0, "memory format"):
+        network.train()
+        try:
+            _lay(network, torch.channels_last)
+            network(torch.full((2, *image_shape), 0.5)).sum().backward()
+        except Exception:  # whatever the user's code makes of it
+            return False
+        finally:
+            _lay(network, torch.contiguous_format)
+            network.zero_grad(set_to_none=True)
+    return True

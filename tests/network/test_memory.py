@@ -1,0 +1,111 @@
+"""Weights that lie channels last: the same values, views of one buffer in that order, and who cannot be run so."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from fedfreeze.config.file import make_config
+from fedfreeze.config.schema import Config
+from fedfreeze.errors import ConfigError
+from fedfreeze.methods import make_method
+from fedfreeze.network.blocks import BlockedNetwork, build_network
+from fedfreeze.network.flat import FlatPart
+from fedfreeze.network.memory import gains, is_channels_last, lay_channels_last, takes_channels_last
+from fedfreeze.network.stage import LocalTrainer
+from tests.support.checks import assert_one_line
+
+CPU = torch.device("cpu")
+FORMATS = ("channels_last", "contiguous")
+
+
+class Viewed(nn.Module):
+    """A forward that calls view on what a convolution puts out."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: object = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 4, 3, padding=1)
+        self.fc = nn.Linear(4 * 64, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(self.conv1(x).relu()).relu()
+        return self.fc(x.view(x.size(0), -1))
+
+
+def configured(memory_format: str, **model: object) -> Config:
+    return make_config({"model": {"width": 8, "memory_format": memory_format, **model}})
+
+
+def built(memory_format: str, **model: object) -> BlockedNetwork:
+    return build_network(configured(memory_format, **model).model, (3, 8, 8), 10, 0)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("name", ["resnet8", "vgg11"])
+def test_a_stage_trains_the_same_but_for_rounding(name: str, norm: str) -> None:
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for memory_format in FORMATS:
+        config = configured(memory_format, name=name, norm=norm)
+        method = make_method(config, built(memory_format, name=name, norm=norm))
+        for index in range(method.num_stages):
+            method.begin_stage(index)
+            stage = method.enter_stage(index, CPU)
+            laid = [is_channels_last(p) for p in stage.parameters() if p.dim() == 4 and p.shape[2] > 1 < p.shape[1]]
+            assert set(laid) == {memory_format == "channels_last"}
+            trainer = LocalTrainer(stage, config.train)
+            trainer.begin(stage.flat.values().clone(), 0.01)
+            for _ in range(2):
+                trainer.step(images, torch.arange(8) % 10)
+            method.leave_stage(stage)
+        found[memory_format] = method.state_dict()
+    for key, tensor in found["contiguous"].items():
+        torch.testing.assert_close(found["channels_last"][key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_slots_are_views_in_the_order_of_memory() -> None:
+    active = nn.Sequential(nn.Conv2d(3, 4, (3, 2)), nn.BatchNorm2d(4))
+    before = {name: tensor.clone() for name, tensor in active.state_dict().items()}
+    lay_channels_last(active)
+    flat = FlatPart(active, nn.Linear(2, 2), CPU)
+    slot = flat.slots[0]
+    assert slot.channels_last
+    for name, tensor in active.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    numbers = torch.arange(len(flat), dtype=torch.float32)
+    flat.load(numbers)
+    weight = active[0].weight.detach()
+    for place in itertools.product(*map(range, weight.shape)):
+        assert int(weight[place]) == slot.begin + sum(a * b for a, b in zip(place, slot.strides, strict=True))
+    assert torch.equal(slot.flattened(weight), numbers[slot.begin : slot.end])
+    assert torch.equal(slot.view_of(numbers), weight)
+    flat.release()
+    assert is_channels_last(active[0].weight)
+
+
+def test_the_values_that_a_network_begins_with_do_not_depend_on_it() -> None:
+    one, other = (built(memory_format).network.state_dict() for memory_format in FORMATS)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_auto_takes_it_where_there_are_convolutions_enough() -> None:
+    assert built("auto").channels_last
+    assert not built("auto", name="vit", width=16).channels_last
+    assert not gains(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)))
+
+
+def test_a_forward_that_calls_view_stays_as_it_is() -> None:
+    own = {"factory": f"{__name__}:Viewed", "split": ["conv1", "conv2"]}
+    network = Viewed()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert not takes_channels_last(network, (3, 8, 8))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(p.is_contiguous() and p.grad is None for p in network.parameters())
+    blocked = built("auto", **own)
+    assert not blocked.channels_last
+    assert all(p.is_contiguous() for p in blocked.network.parameters())
+    with pytest.raises(ConfigError) as raised:
+        built("channels_last", **own)
+    assert_one_line(raised.value, "model.memory_format", "view", "use contiguous")
