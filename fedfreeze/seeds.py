@@ -27,9 +27,16 @@ def torch_generator(seed: int, purpose: str, *key: int) -> torch.Generator:
 
 @contextmanager
 def global_seed(seed: int, purpose: str, *key: int) -> Iterator[None]:
-    """Seed torch's global CPU generator inside, as module initialisation and dropout draw from it; restore it after."""
+    """Seed torch's global generators inside, as module initialisation and dropout draw from them.
+
+    That of the CPU is put back after.
+    """
     state = torch.get_rng_state()
-    torch.manual_seed(derive_seed(seed, purpose, *key))
+    number = derive_seed(seed, purpose, *key)
+    # not torch.manual_seed: for each kind of device that is not in use it notes who called, which takes a millisecond
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
     try:
         yield
     finally:

@@ -40,7 +40,6 @@ TESTED_IN = {
     "__main__.py": ("test_cli.py",),
     "compute.py": ("test_cli.py", "comm/test_ranks.py"),
     "errors.py": ("test_cli.py", "test_bad_inputs.py"),
-    "seeds.py": ("comm/test_ranks.py", "run/test_resume.py"),
     "units.py": ("plan/test_cut.py", "device/test_cost.py"),
     **{f"{room}/command.py": ("test_cli.py",) for room in ("run", "plan", "data", "doctor", "compare", "track")},
     "comm/local_ranks.py": ("comm/test_ranks.py", "run/test_resume.py", "run/test_interrupts.py"),

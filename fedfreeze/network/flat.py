@@ -71,6 +71,7 @@ class FlatPart:
         self.parameters = end
         for prefix, part in parts:
             end = self._place(part, prefix, "_buffers", end)
+        self._statistics = [slot for slot in self.slots if not slot.is_parameter]
         tensors = [slot.flattened(slot.tensor.detach()) for slot in self.slots]
         empty = torch.zeros(0, device=device)
         self.buffer = torch.cat([empty, *(t.to(device=device, dtype=torch.float32) for t in tensors)])
@@ -109,11 +110,10 @@ class FlatPart:
     def load(self, values: torch.Tensor) -> None:
         """Overwrite the part in place with `values` (flat, float32), and the counters with their first values."""
         self.buffer.copy_(values)
-        for slot in self.slots:
-            if not slot.is_parameter:
-                slot.owner._buffers[slot.name] = slot.tensor  # a forward may have put another tensor there
-                if slot.tensor.dtype != torch.float32:
-                    slot.tensor.copy_(self._view(slot))
+        for slot in self._statistics:
+            slot.owner._buffers[slot.name] = slot.tensor  # a forward may have put another tensor there
+            if slot.tensor.dtype != torch.float32:
+                slot.tensor.copy_(self._view(slot))
         for owner, name, counter, first in self._counters:
             owner._buffers[name] = counter
             counter.copy_(first)
@@ -121,11 +121,10 @@ class FlatPart:
     @torch.no_grad()
     def values(self) -> torch.Tensor:
         """Return the flat buffer, with what is not a view of it: buffers that a forward replaced, other precisions."""
-        for slot in self.slots:
-            if not slot.is_parameter:
-                current = slot.owner._buffers[slot.name]
-                if current is not None and (current is not slot.tensor or current.dtype != torch.float32):
-                    self._view(slot).copy_(current)
+        for slot in self._statistics:
+            current = slot.owner._buffers[slot.name]
+            if current is not None and (current is not slot.tensor or current.dtype != torch.float32):
+                self._view(slot).copy_(current)
         return self.buffer
 
     def views(self, flat: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:

@@ -51,6 +51,10 @@ class Stage(nn.Module):
         self.frozen.eval()
         return self
 
+    def moded_modules(self) -> Iterator[nn.Module]:
+        """Yield all modules whose mode `train` sets."""
+        yield from self.modules()
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (batch, channels, height, width) to logits (batch, classes)."""
         return self.output_module(self.active(self.frozen_forward(images)))
@@ -105,6 +109,11 @@ class WholeStage(Stage):
         super().train(mode)
         self._network[0].train(mode)
         return self
+
+    def moded_modules(self) -> Iterator[nn.Module]:
+        """See Stage."""
+        yield from super().moded_modules()
+        yield from self._network[0].modules()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """See Stage."""
@@ -182,6 +191,8 @@ class LocalTrainer:
 
     def __init__(self, stage: Stage, config: TrainConfig):
         self.stage = stage
+        self.stage.train()
+        self._modes = [(module, module.training) for module in stage.moded_modules()]
         self.config = config
         self.learning_rate = config.learning_rate
         self.momentum = torch.zeros(stage.flat.parameters if config.momentum else 0, device=stage.flat.buffer.device)
@@ -190,7 +201,8 @@ class LocalTrainer:
 
     def begin(self, values: torch.Tensor, learning_rate: float) -> None:
         """Start a device: load the global values, forget the momentum of the device before."""
-        self.stage.train()
+        if any(module.training is not mode for module, mode in self._modes):
+            self.stage.train()  # of a hundred modules it takes longer than a step of a small network
         self.stage.flat.load(values)
         self.momentum.zero_()
         self.drop_gradients()

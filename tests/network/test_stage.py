@@ -198,6 +198,26 @@ def test_momentum_of_one_device_is_unknown_to_the_next() -> None:
     assert torch.equal(one_device(), one_device())
 
 
+@pytest.mark.parametrize("name", ["smartfreeze", "fedavg"])
+def test_each_device_begins_in_training_mode_whatever_came_between(name: str) -> None:
+    """Also a module that the stage itself does not hold: the network, whose own forward may look at its mode."""
+    config = make_config({"model": {"width": 4}, "method": {"name": name}})
+    method = make_method(config, build_network(config.model, (3, 16, 16), 10, 0))
+    stage = method.enter_stage(0, CPU)
+    trainer = LocalTrainer(stage, config.train)
+    start = stage.flat.values().clone()
+    stage.eval()
+    trainer.begin(start, 0.1)
+    assert all(module.training for module in [*stage.active.modules(), *stage.output_module.modules()])
+    assert method.blocked.network.training
+    norm = next(module for module in stage.active.modules() if isinstance(module, nn.BatchNorm2d))
+    for module in (norm, method.blocked.network):
+        if module in set(stage.moded_modules()):
+            module.training = False
+            trainer.begin(start, 0.1)
+            assert module.training
+
+
 def test_sgd_on_flat_views_equals_plain_sgd() -> None:
     config = make_config({"model": {"width": 4}, "train": {"learning_rate": 0.1, "weight_decay": 0.01}})
     method = make_method(config, build_network(config.model, (3, 16, 16), 10, 0))
