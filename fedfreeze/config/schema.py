@@ -323,6 +323,17 @@ class CommConfig:
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
+class CacheConfig:
+    """What the emulation keeps to be faster; emulated devices are charged as if it did not."""
+
+    features: bool = False
+    """Keep what the frozen blocks put out for the devices' samples and use it in later rounds of the stage. Results
+    differ by rounding from those without. Not with `data.augment: crop_flip`, which has too many views."""
+    budget_mib: NonNegativeFloat = 2048.0
+    """MiB of host memory that each rank may keep; what does not fit is calculated anew."""
+
+
+@dataclass(kw_only=True, frozen=True, config=_STRICT)
 class EvalConfig:
     """How the network is judged on the test data."""
 
@@ -393,6 +404,8 @@ class Config:
     """Participant selector."""
     comm: CommConfig = Field(default_factory=CommConfig)
     """Communication between ranks."""
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    """What is kept to be faster."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
     """Evaluation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

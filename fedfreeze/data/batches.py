@@ -28,13 +28,47 @@ def training_batches(
     """
     pixels = torch.from_numpy(np.array(data.train.images[rows]))
     labels = torch.from_numpy(data.train.labels[rows])
+    for chosen in _drawn(len(rows), batch_size, epochs, shuffle):
+        images = augment_batch(pixels[chosen].to(device), augment, augmentation)
+        yield plain_images(data, images), labels[chosen].to(device)
+
+
+def _drawn(count: int, batch_size: int, epochs: int, shuffle: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yield the samples of each batch."""
     for _ in range(epochs):
-        order = torch.randperm(len(rows), generator=shuffle)
-        for chosen in order.split(batch_size):
-            if len(chosen) == 1 < batch_size and len(rows) > 1:
+        for chosen in torch.randperm(count, generator=shuffle).split(batch_size):
+            if len(chosen) == 1 < batch_size and count > 1:
                 continue
-            images = augment_batch(pixels[chosen].to(device), augment, augmentation)
-            yield normalise(images, data.mean, data.std), labels[chosen].to(device)
+            yield chosen
+
+
+# How many images each sample can become by an augmentation, where they are few.
+VIEWS = {"none": 1, "flip": 2}
+
+
+def training_views(
+    count: int, *, batch_size: int, epochs: int, augment: str, shuffle: torch.Generator, augmentation: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield, for the same draws as `training_batches` makes, the samples of each batch and which view of each it takes.
+
+    View 1 is the flipped one.
+    """
+    for chosen in _drawn(count, batch_size, epochs, shuffle):
+        yield chosen, _flips(len(chosen), augmentation).long() if augment == "flip" else torch.zeros_like(chosen)
+
+
+def _flips(batch: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(batch, generator=generator) < 0.5
+
+
+def flipped(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """Flip those of some images (batch, channels, height, width) for which `flips` is not zero."""
+    return torch.where(flips.bool()[:, None, None, None], images.flip(-1), images)
+
+
+def plain_images(data: Data, pixels: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images as the network takes them: normalised float32."""
+    return normalise(pixels, data.mean, data.std)
 
 
 def augment_batch(images: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
@@ -51,8 +85,7 @@ def augment_batch(images: torch.Tensor, augment: str, generator: torch.Generator
         each = torch.arange(batch, device=images.device)[:, None, None, None]
         channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
         images = padded[each, channels, rows, columns]
-    flip = (torch.rand(batch, generator=generator) < 0.5).to(images.device)
-    return torch.where(flip[:, None, None, None], images.flip(-1), images)
+    return flipped(images, _flips(batch, generator).to(images.device))
 
 
 def evaluation_batch(
@@ -60,7 +93,7 @@ def evaluation_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the normalised samples `start` to `start + size` of a split."""
     pixels = torch.from_numpy(np.array(split.images[start : start + size])).to(device)
-    return normalise(pixels, data.mean, data.std), torch.from_numpy(split.labels[start : start + size]).to(device)
+    return plain_images(data, pixels), torch.from_numpy(split.labels[start : start + size]).to(device)
 
 
 def plain_batches(
@@ -70,4 +103,4 @@ def plain_batches(
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
         pixels = torch.from_numpy(np.array(data.train.images[chosen])).to(device)
-        yield normalise(pixels, data.mean, data.std), torch.from_numpy(data.train.labels[chosen]).to(device)
+        yield plain_images(data, pixels), torch.from_numpy(data.train.labels[chosen]).to(device)

@@ -10,6 +10,7 @@ from fedfreeze.config.schema import Config
 from fedfreeze.data.batches import evaluation_batch, plain_batches, training_batches
 from fedfreeze.data.store import Data
 from fedfreeze.device.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
+from fedfreeze.device.features import FeatureBatch, FrozenFeatures, can_be_kept
 from fedfreeze.device.probe import LOSSES, Probe
 from fedfreeze.errors import ConfigError
 from fedfreeze.messages import Assignment, DeviceReport, ProbePlan, RoundPlan
@@ -50,6 +51,8 @@ class Emulator:
         self.part: Stage
         """What the devices of the current level train: a sub-model, or the stage itself."""
         self.trainer: LocalTrainer
+        self.features: FrozenFeatures | None = None
+        """What the stage's frozen prefix puts out, where it is kept."""
         self.values: torch.Tensor
         """The global values of the stage's flat buffer, the same bits on every rank.
 
@@ -70,6 +73,9 @@ class Emulator:
         self.values = self.stage.flat.values().to("cpu", copy=True)
         self.in_stage = True
         self.has_batch_norm = has_batch_norm(self.stage)
+        self.features = None
+        if not self.method.counted and can_be_kept(self.stage, self.config, self.data.image_shape, self.device):
+            self.features = FrozenFeatures(self.stage, self.data, self.parts, self.config, self.device)
 
     def enter_level(self, level: int) -> None:
         """Build a sub-model of the stage, in place of the one before."""
@@ -93,6 +99,7 @@ class Emulator:
         self._drop_part()
         self.method.leave_stage(self.stage)
         self.in_stage = False
+        self.features = None
         del self.stage, self.values
 
     def settle(self) -> None:
@@ -198,21 +205,28 @@ class Emulator:
         with self.cap.device(assignment.cap_bytes) as memory, global_seed(config.seed, "local training", *key):
             self.trainer.begin(start, plan.learning_rate)
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            batches = training_batches(
-                self.data,
-                rows,
-                batch_size=config.train.batch_size,
-                epochs=config.train.local_epochs,
-                augment=config.data.augment,
-                shuffle=torch_generator(config.seed, "shuffle", *key),
-                augmentation=torch_generator(config.seed, "augment", *key),
-                device=self.device,
-            )
-            for images, labels in batches:
-                self.check()
-                sums += self._step(memory, plan.stage, images, labels)
-                steps += 1
-                samples += len(images)
+            if self.features is not None:
+                for batch in self.features.batches(assignment.device, plan.round):
+                    self.check()
+                    sums += self._step_behind(memory, plan.stage, batch)
+                    steps += 1
+                    samples += len(batch.labels)
+            else:
+                batches = training_batches(
+                    self.data,
+                    rows,
+                    batch_size=config.train.batch_size,
+                    epochs=config.train.local_epochs,
+                    augment=config.data.augment,
+                    shuffle=torch_generator(config.seed, "shuffle", *key),
+                    augmentation=torch_generator(config.seed, "augment", *key),
+                    device=self.device,
+                )
+                for images, labels in batches:
+                    self.check()
+                    sums += self._step(memory, plan.stage, images, labels)
+                    steps += 1
+                    samples += len(images)
         loss = sums[0].item() / max(1, steps)
         if not np.isfinite(loss):
             return DeviceReport(assignment.device, len(rows), failed=f"diverged: the training loss is {loss}")
@@ -232,6 +246,26 @@ class Emulator:
             (stage, self.level, len(images)),
             lambda: [*self.trainer.held_tensors(), images, labels],
             lambda: self.trainer.step(images, labels),
+        )
+
+    def _step_behind(self, memory: DeviceMemory, stage: int, batch: FeatureBatch) -> torch.Tensor:
+        """Take a step on kept features; where the device's memory is counted, its prefix runs as on the device."""
+
+        images: list[torch.Tensor] = []
+
+        def held() -> list[torch.Tensor]:
+            images.append(batch.images())
+            return [*self.trainer.held_tensors(), *images, batch.labels]
+
+        def features() -> torch.Tensor:
+            return batch.write_features(self.stage.frozen_forward(images[0]))
+
+        return self.cap.step(
+            memory,
+            (stage, self.level, len(batch.labels)),
+            held,
+            lambda: self.trainer.step_behind(features, batch.labels),
+            lambda: self.trainer.step_behind(batch.features, batch.labels),
         )
 
     def apply(self, update: UpdateSum, weight_sum: int) -> torch.Tensor:
@@ -270,6 +304,13 @@ class Emulator:
         with torch.inference_mode():
             for batch in range(rank, -(-len(self.data.test) // size), world_size):
                 self.check()
-                images, labels = evaluation_batch(self.data, self.data.test, batch * size, size, self.device)
-                correct += (self.stage(images).argmax(1) == labels).sum()
+                correct += self._correct_of(batch * size, size)
         return int(correct)
+
+    def _correct_of(self, start: int, size: int) -> torch.Tensor:
+        """Return how many of some test samples the network gets right, still on the device."""
+        if self.features is None:
+            images, labels = evaluation_batch(self.data, self.data.test, start, size, self.device)
+            return (self.stage(images).argmax(1) == labels).sum()
+        labels = torch.from_numpy(self.data.test.labels[start : start + size]).to(self.device)
+        return (self.stage.behind(self.features.of_test(start, size)).argmax(1) == labels).sum()

@@ -1,6 +1,6 @@
 """What a device trains in one stage: frozen prefix, active block, output module."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -57,7 +57,12 @@ class Stage(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (batch, channels, height, width) to logits (batch, classes)."""
-        return self.output_module(self.active(self.frozen_forward(images)))
+        return self.behind(self.frozen_forward(images))
+
+    def behind(self, features: torch.Tensor) -> torch.Tensor:
+        """Map what the frozen prefix puts out to logits (batch, classes)."""
+        logits: torch.Tensor = self.output_module(self.active(features))
+        return logits
 
     def begin_device(self, labels: torch.Tensor) -> None:
         """Prepare for the next device; `labels`: those that it has, ascending. [nothing to do here]"""
@@ -66,6 +71,11 @@ class Stage(nn.Module):
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean loss of a batch, to be differentiated, and the logits by which the device is judged."""
         logits = self(images)
+        return functional.cross_entropy(logits, labels), logits
+
+    def loss_behind(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `loss` does, of what the frozen prefix put out."""
+        logits = self.behind(features)
         return functional.cross_entropy(logits, labels), logits
 
     def frozen_forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -210,7 +220,14 @@ class LocalTrainer:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step; return the batch's mean loss and its sum of squared losses, (2,), still on the device."""
-        loss, logits = self.stage.loss(images, labels)
+        return self._step(lambda: self.stage.loss(images, labels), labels)
+
+    def step_behind(self, features: Callable[[], torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Take one SGD step on what the frozen prefix put out, which is held by nobody else; see `step`."""
+        return self._step(lambda: self.stage.loss_behind(features(), labels), labels)
+
+    def _step(self, forward: Callable[[], tuple[torch.Tensor, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
+        loss, logits = forward()
         told = torch.stack([loss.detach(), squared_losses(logits.detach(), labels)])
         del logits
         loss.backward()

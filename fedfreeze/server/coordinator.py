@@ -20,6 +20,9 @@ from fedfreeze.server.clock import EmulatedClock
 from fedfreeze.server.pace import PaceDecision, StageRound, make_policy
 from fedfreeze.units import MIB
 
+# How much more work than its share a rank may have, so that a device stays with it.
+_UNEVEN = 1.1
+
 
 class Coordinator:
     """Plans each round and judges it. Its state is small and plain; a checkpoint holds all of it."""
@@ -56,6 +59,7 @@ class Coordinator:
         self.ended = False
         self.candidates: list[int] = []
         self.expected = 1  # devices that this round would have at best
+        self.homes: dict[int, int] = {}  # which rank trained a device last; no checkpoint has it, as no result needs it
         self.ran_out: set[int] = set()  # devices that really ran out in this stage, whatever was predicted
         self.trained: set[int] = set()
         self.peak_bytes = 0
@@ -215,13 +219,23 @@ class Coordinator:
         return devices
 
     def _assign(self, devices: Sequence[int]) -> tuple[Assignment, ...]:
-        """Give the device with most samples to the rank with least work; the result does not depend on it."""
+        """Give the device with most samples to the rank with least work; the result does not depend on it.
+
+        Where ranks keep features, a device stays with the rank that has them, unless that would have much more work
+        than the others.
+        """
         load = [0] * self.world_size
+        most = _UNEVEN * sum(self.samples[device] for device in devices) / self.world_size
         ranks = {}
         for device in sorted(devices, key=lambda d: (-self.samples[d], d)):
             rank = min(range(self.world_size), key=lambda r: (load[r], r))
+            home = self.homes.get(device)
+            if home is not None and load[home] + self.samples[device] <= most:
+                rank = home
             ranks[device] = rank
             load[rank] += self.samples[device]
+        if self.config.cache.features:
+            self.homes |= ranks
         caps = self.fleet.memory_cap_bytes
         level = self.clock.level
         return tuple(Assignment(d, ranks[d], caps[d], int(level[d])) for d in sorted(devices))
