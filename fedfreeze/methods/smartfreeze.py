@@ -110,7 +110,8 @@ def _by_reason(unfit: dict[str, str]) -> str:
     found: dict[str, list[str]] = {}
     for name, reason in unfit.items():
         found.setdefault(reason, []).append(name)
-    return "; ".join(
-        f"{', '.join(names)} start{'s' * (len(names) == 1)} anew, not from the surrogate: {reason}"
-        for reason, names in found.items()
-    )
+    told = []
+    for reason, names in found.items():
+        which = f"block {names[0]} starts" if len(names) == 1 else f"blocks {', '.join(names)} start"
+        told.append(f"{which} anew, not from the surrogate: {reason}")
+    return "; ".join(told)

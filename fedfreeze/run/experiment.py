@@ -12,6 +12,7 @@ import torch
 
 from fedfreeze.comm.ranks import Ranks
 from fedfreeze.config.schema import Config, code_named
+from fedfreeze.data.batches import VIEWS
 from fedfreeze.data.identity import Identity, identify, is_same
 from fedfreeze.data.partition import partition_of
 from fedfreeze.data.partition_summary import summarise
@@ -208,6 +209,10 @@ class Experiment:
         self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
         with own_code("method.name", self.config.method.name):
             notices = self.method.notices()
+        if self.config.cache.features and self.config.data.augment not in VIEWS:
+            notices.append(
+                f"cache.features: nothing is kept, as data.augment={self.config.data.augment} has no end of views"
+            )
         for notice in notices:
             self.reporter.notice(notice)
         return self.coordinator.stage, self.coordinator.ended

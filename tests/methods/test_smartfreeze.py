@@ -178,3 +178,25 @@ def test_all_ranks_start_a_stage_with_the_weights_of_rank_0(tmp_path: Path) -> N
         done = run(command(config, tmp_path / f"run{ranks}", ranks=ranks), environment=environment, fresh=True)
         assert done.returncode == 0, done.stderr
     assert sha256(tmp_path / "run1") == sha256(tmp_path / "run2")
+
+
+def test_blocks_that_start_anew_are_told_once_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def bent(num_classes, in_channels, image_size):\n"
+        "    layers = [nn.Conv2d(in_channels, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()]\n"
+        "    layers += [nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]\n"
+        "    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
+    )
+    model = {"factory": "mine:bent", "split": ["0", "2", "4", "6"]}
+    config = write_config(tmp_path, model=model, train={"rounds": 4}, pace={"policy": "fixed"})
+    options = ["--data.augment=crop_flip", "--cache.features=true", "--fleet.memory_cap_mib=9"]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    done = run(command(config, tmp_path / "run", *options), environment=environment, fresh=True)
+    assert done.returncode == 0, done.stderr
+    notices = [line for line in done.stdout.splitlines() if line.startswith("notice:")]
+    reason = "it has a step (Tanh) that is no ReLU and no pooling"
+    assert notices == [
+        f"notice: method.start: blocks 2, 4 start anew, not from the surrogate: {reason}",
+        "notice: cache.features: nothing is kept, as data.augment=crop_flip has no end of views",
+    ]
