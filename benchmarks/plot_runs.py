@@ -1,8 +1,9 @@
-"""Draws runs beside each other: accuracy over rounds with the freeze points, and memory against the full model.
+"""Draws settings beside each other: accuracy over rounds, mean and range of their seeds, and memory by round.
 
-    python benchmarks/plot_runs.py OUT.png RUN_DIR [RUN_DIR ...]
+    python benchmarks/plot_runs.py OUT.png LABEL=RUN_DIR[,RUN_DIR ...] ...
 
-Needs matplotlib (`pip install 'fedfreeze[plot]'`).
+The last setting's freeze points are marked, by the run of its first seed. Needs matplotlib (`pip install
+'fedfreeze[plot]'`).
 """
 
 import json
@@ -16,62 +17,77 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 # Told apart by colour (Okabe and Ito's, safe for colour-blind readers), line and marker.
-STYLES = [("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D")]
+STYLES = [("#D55E00", "--", "s"), ("#888888", "-.", "^"), ("#009E73", ":", "D"), ("#0072B2", "-", "o")]
 
 
 def main() -> int:
-    if len(sys.argv) < 3:
+    if len(sys.argv) < 3 or not all("=" in argument for argument in sys.argv[2:]):
         print(__doc__, file=sys.stderr)
         return 64
-    draw([Path(folder) for folder in sys.argv[2:]], Path(sys.argv[1]))
+    settings = {}
+    for argument in sys.argv[2:]:
+        label, _, folders = argument.partition("=")
+        settings[label] = [Path(folder) for folder in folders.split(",")]
+    draw(settings, Path(sys.argv[1]))
     return 0
 
 
-def draw(folders: list[Path], out: Path) -> None:
-    """Draw one picture of several runs."""
-    figure, (accuracy, memory) = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for folder, (colour, line, marker) in zip(folders, STYLES, strict=False):
-        records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-        rounds = [record for record in records if record["kind"] == "round"]
-        stages = [record for record in records if record["kind"] == "stage"]
-        summary = json.loads((folder / "summary.json").read_text())
-        label = f"{summary['method']}, caps: {summary['cap_enforcement'].replace('_', ' ')}"
+def draw(settings: dict[str, list[Path]], out: Path) -> None:
+    """Draw one picture of several settings."""
+    figure, (accuracy, memory) = pyplot.subplots(1, 2, figsize=(11, 3.9), layout="constrained")
+    styles = STYLES[len(STYLES) - len(settings) :] if len(settings) < len(STYLES) else STYLES
+    marks: list[dict[str, Any]] = []
+    for (label, folders), (colour, line, marker) in zip(settings.items(), styles, strict=True):
+        records = [read(folder) for folder in folders]
         style: dict[str, Any] = {"color": colour, "linestyle": line, "label": label}
-        known = [(r["round"], r["accuracy"]) for r in rounds if r["accuracy"] is not None]
-        accuracy.plot(*zip(*known, strict=True), marker=marker, markersize=3, **style)
-        peaks = [(r["round"], max(r["peak_memory_mib"].values())) for r in rounds if r["peak_memory_mib"]]
+        rounds, mean, low, high = band(records)
+        accuracy.plot(rounds, mean, marker=marker, markersize=3, **style)
+        accuracy.fill_between(rounds, low, high, color=colour, alpha=0.12, linewidth=0)
+        first = [record for record in records[0] if record["kind"] == "round"]
+        peaks = [(r["round"], max(r["peak_memory_mib"].values())) for r in first if r["peak_memory_mib"]]
         memory.plot(*zip(*peaks, strict=True), drawstyle="steps-mid", **style)
-        if len(stages) > 1:
-            mark_freezes(accuracy, stages, colour)
-            mark_freezes(memory, stages, colour)
-            caps = sorted({cap for r in rounds for cap in r["cap_mib"].values() if cap is not None})
-            memory.axhspan(caps[0], min(caps[-1], summary["full_memory_mib"] * 1.3), color="#999999", alpha=0.15)
-            memory.text(rounds[-1]["round"], caps[0], "caps of the devices ", ha="right", va="bottom", fontsize=8)
-    accuracy.set(xlabel="round", ylabel="test accuracy", ylim=(0, None))
-    memory.set(xlabel="round", ylabel="largest measured peak of a device (MiB)", ylim=(0, None))
-    accuracy.legend(loc="lower right", fontsize=8)
-    memory.legend(loc="lower left", fontsize=8)
+        marks = [record for record in records[0] if record["kind"] == "stage"]
     for axis in (accuracy, memory):
+        mark_freezes(axis, marks)
+        axis.set(xlabel="round", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    accuracy.set(ylabel="test accuracy, mean and range of the seeds")
+    memory.set(ylabel="largest measured peak of a device (MiB)")
+    accuracy.legend(loc="lower right", fontsize=8)
     figure.savefig(out, dpi=130)
 
 
-def mark_freezes(axis: Any, stages: list[dict[str, Any]], colour: str) -> None:
-    """Draw a line where each block was frozen."""
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run."""
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def band(records: list[list[dict[str, Any]]]) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Return the rounds in which all seeds were evaluated, and there the mean, lowest and highest accuracy."""
+    found = [
+        {r["round"]: r["accuracy"] for r in run if r["kind"] == "round" and r["accuracy"] is not None}
+        for run in records
+    ]
+    rounds = sorted(set.intersection(*(set(each) for each in found)))
+    values = [[each[number] for each in found] for number in rounds]
+    return rounds, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def mark_freezes(axis: Any, stages: list[dict[str, Any]]) -> None:
+    """Draw a line where each block was frozen, its name above the picture."""
     end = 0
-    for stage in stages:
+    for stage in stages if len(stages) > 1 else []:
         end += stage["rounds"]
-        axis.axvline(end, color=colour, linewidth=0.8, linestyle=":")
+        axis.axvline(end, color="#0072B2", linewidth=0.8, linestyle=":")
         axis.annotate(
-            f"freeze {stage['stage'] + 1}",
-            (end, 1.0),
+            f"block {stage['stage'] + 1}\nfrozen",
+            (end, 1.01),
             xycoords=("data", "axes fraction"),
-            rotation=90,
-            va="top",
-            ha="right",
+            va="bottom",
+            ha="center",
             fontsize=7,
-            color=colour,
+            color="#0072B2",
         )
 
 
