@@ -425,7 +425,7 @@ def code_named(config: Config) -> tuple[str | None, ...]:
 
 
 # What versions did that did not know a key yet, where the default is something else now.
-BEFORE = {"method.start": "anew"}
+BEFORE = {"method.start": "anew", "model.memory_format": "contiguous"}
 
 # A resumed run may differ in these sections only; anything else would make it another run.
 RESUME_MAY_DIFFER = ("comm", "checkpoint", "track")

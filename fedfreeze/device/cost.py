@@ -203,13 +203,16 @@ def trained_stage(config: Config, method: Method, index: int, level: int, device
 
 
 @contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Allocate nothing inside: tensors have shapes only."""
+def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """Allocate nothing inside: tensors have shapes only.
+
+    With a `mode` of its own, what was made inside can be used in it again; another would take it for new.
+    """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what fails there is told by our own line
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with mode or FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         logger.setLevel(level)

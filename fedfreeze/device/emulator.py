@@ -251,20 +251,11 @@ class Emulator:
     def _step_behind(self, memory: DeviceMemory, stage: int, batch: FeatureBatch) -> torch.Tensor:
         """Take a step on kept features; where the device's memory is counted, its prefix runs as on the device."""
 
-        images: list[torch.Tensor] = []
-
-        def held() -> list[torch.Tensor]:
-            images.append(batch.images())
-            return [*self.trainer.held_tensors(), *images, batch.labels]
-
-        def features() -> torch.Tensor:
-            return batch.write_features(self.stage.frozen_forward(images[0]))
-
         return self.cap.step(
             memory,
             (stage, self.level, len(batch.labels)),
-            held,
-            lambda: self.trainer.step_behind(features, batch.labels),
+            lambda: [*self.trainer.held_tensors(), batch.make_images(), batch.labels],
+            lambda: self.trainer.step_behind(batch.counted_features, batch.labels),
             lambda: self.trainer.step_behind(batch.features, batch.labels),
         )
 

@@ -3,8 +3,9 @@
 The emulated device is another matter: it calculates its prefix in every step, and its time and memory are charged so.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -63,27 +64,31 @@ class FeatureBatch:
     """On the device; the others are on the host."""
     places: tuple[np.ndarray, np.ndarray]
     """`views` and `chosen` for numpy."""
+    made: list[torch.Tensor] = field(default_factory=list)
 
     def features(self) -> torch.Tensor:
         """Return what the frozen prefix puts out, (batch, ...), on the device."""
         return self.kept.take(self.views, self.chosen).to(self.owner.device)
 
-    def write_features(self, out: torch.Tensor) -> torch.Tensor:
-        """Write that into a tensor, without making another that a count of tensors sees."""
+    def counted_features(self) -> torch.Tensor:
+        """Return the same where tensors are counted: with the device's own work and memory before."""
+        self.owner.stage.frozen_forward(self.made[0])
         found = self.kept.take_unseen(*self.places)
         # strides of dimensions of length 1 say nothing, but decide how a convolution calculates
-        return out.copy_(found).as_strided(found.shape, found.stride())
+        return torch.empty_strided(found.shape, found.stride(), device=self.owner.device).copy_(found)
 
-    def images(self) -> torch.Tensor:
-        """Return the normalised images, (batch, channels, height, width), on the device."""
-        return self.owner.images(self.pixels[self.chosen], self.views)
+    def make_images(self) -> torch.Tensor:
+        """Return the normalised images, (batch, channels, height, width), on the device, and hold them, as it does."""
+        self.made.append(self.owner.images(self.pixels[self.chosen], self.views))
+        return self.made[-1]
 
 
 class FrozenFeatures:
     """The features of a stage's frozen prefix on this rank.
 
-    They are calculated `train.batch_size` samples at a time, never more or fewer, so that they have the same bits
-    whatever is kept and whoever calculates them; against batches as they are trained they may differ by rounding.
+    They are calculated `train.batch_size` samples at a time, the same ones together, so that they have the same bits
+    whatever is kept and whoever calculates them; against batches as they are trained they may differ by rounding. Of
+    the device that is at work all features are held, whatever the budget.
     """
 
     def __init__(self, stage: Stage, data: Data, parts: Sequence[np.ndarray], config: Config, device: torch.device):
@@ -132,8 +137,8 @@ class FrozenFeatures:
             if self.used_bytes + needed > self.budget_bytes:
                 return found
             self.used_bytes += needed
-            known = self._test[start] = found.cpu()
-        return known.to(self.device)
+            known = self._test[start] = found.to("cpu", copy=True)
+        return known.to(self.device, copy=True)  # a block may begin with an operation in place
 
     def _features(self, device: int, drawn: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Kept:
         """Return a device's features, with all that were drawn."""
@@ -142,20 +147,21 @@ class FrozenFeatures:
         wanted = torch.zeros(VIEWS[self.config.data.augment], len(rows), dtype=torch.bool)
         for chosen, views in drawn:
             wanted[views, chosen] = True
-        missing = (wanted if kept is None else wanted & ~kept.filled).nonzero()
-        if not len(missing):
-            assert kept is not None
+        missing = wanted if kept is None else wanted & ~kept.filled
+        if kept is not None and not missing.any():
             return kept
         pixels = torch.from_numpy(np.array(self.data.train.images[rows]))
         size = self.config.train.batch_size
-        for begin in range(0, len(missing), size):
-            # a last one that is not full takes samples twice, for its shape
-            places = missing[torch.arange(begin, begin + size) % len(missing)]
-            found = self.stage.frozen_forward(self.images(pixels[places[:, 1]], places[:, 0])).cpu()
+        for view, begin in itertools.product(range(len(wanted)), range(0, len(rows), size)):
+            if not missing[view, begin : begin + size].any():
+                continue
+            # always the same samples together, and as many: a last one that is not full takes some twice
+            samples = torch.arange(begin, begin + size) % len(rows)
+            found = self.stage.frozen_forward(self.images(pixels[samples], torch.full((size,), view))).cpu()
             if kept is None:
                 kept = self._make_room(device, wanted.shape, found)
-            real = places[: len(missing) - begin]
-            kept.put(real[:, 0], real[:, 1], found[: len(real)])
+            real = samples[: len(rows) - begin]
+            kept.put(torch.full((len(real),), view), real, found[: len(real)])
         assert kept is not None
         return kept
 
@@ -174,15 +180,24 @@ class FrozenFeatures:
 def can_be_kept(stage: Stage, config: Config, image_shape: tuple[int, int, int], device: torch.device) -> bool:
     """Tell whether a stage has features that can be kept: a prefix without chance, and a number of views. [ours]
 
-    A stage with a loss or a forward of its own may do something else with the images.
+    A stage with a loss or a forward of its own may do something else with the images. What the prefix makes of an image
+    must not depend on the others, and hold no more memory than its values. Not on GPUs, where the cap is the
+    allocator's, and would not see what is left out.
     """
+    if device.type != "cpu":
+        return False
     names = ("forward", "loss", "frozen_forward")
     own = any(getattr(type(stage), name) is not getattr(Stage, name) for name in names)
     if not config.cache.features or not len(stage.frozen) or own or config.data.augment not in VIEWS:
         return False
-    images = torch.rand(2, *image_shape, generator=torch_generator(0, "features")).to(device)
+    images = torch.rand(4, *image_shape, generator=torch_generator(0, "features")).to(device)
     found = []
     for number in range(2):
         with global_seed(number, "features"):
-            found.append(stage.frozen_forward(images))
-    return torch.equal(*found) and found[0].dtype == torch.float32 and len(found[0]) == len(images)
+            found.append(stage.frozen_forward(images.clone()))
+    one, other = found
+    if not torch.equal(one, other) or one.dtype != torch.float32 or len(one) != len(images):
+        return False
+    alone = stage.frozen_forward(images[:2].clone())
+    dense = one.untyped_storage().nbytes() == one.numel() * FLOAT_BYTES
+    return dense and torch.allclose(alone, one[:2], rtol=1e-3, atol=1e-4)

@@ -15,9 +15,9 @@ from fedfreeze.errors import ConfigError
 from fedfreeze.methods.base import Method, check_split
 from fedfreeze.network.blocks import BlockedNetwork
 from fedfreeze.network.output_modules import OutputModules
+from fedfreeze.network.probing import Shape
 from fedfreeze.network.stage import Stage
-from fedfreeze.network.start import UnfitError, start_from
-from fedfreeze.network.state import copied
+from fedfreeze.network.start import UnfitError, start_from, why_unfit
 
 
 class SmartFreeze(Method):
@@ -53,15 +53,12 @@ class SmartFreeze(Method):
 
     def _why_anew(self, block: int) -> str | None:
         """Return why a block cannot start from its surrogate; None: it can."""
-        ours, surrogate = copied([self.blocked.blocks[block], self.output_modules.surrogates[block - 1]])
-        try:
-            self._start(ours, surrogate, block)
-        except UnfitError as error:
-            return str(error)
-        return None
+        return why_unfit(*self._start(block))
 
-    def _start(self, block: nn.Module, surrogate: nn.Module, index: int) -> None:
-        start_from(block, surrogate, self.blocked.shapes[index - 1], self.config.method.start_kept)
+    def _start(self, block: int) -> tuple[nn.Module, nn.Module, Shape, float]:
+        """Return a block, the surrogate that imitates it, what comes in, and how much of its first values is kept."""
+        surrogate, shape = self.output_modules.surrogates[block - 1], self.blocked.shapes[block - 1]
+        return self.blocked.blocks[block], surrogate, shape, self.config.method.start_kept
 
     def begin_stage(self, index: int) -> None:
         """See Method. The block that enters starts from its surrogate, where it can."""
@@ -70,7 +67,7 @@ class SmartFreeze(Method):
         entering = index + self.window - 1
         if self.config.method.start == "surrogate" and len(self.output_modules.surrogates):
             with suppress(UnfitError):  # `notices` has told at the start of the run
-                self._start(self.blocked.blocks[entering], self.output_modules.surrogates[entering - 1], entering)
+                start_from(*self._start(entering))
         self.output_modules.begin_behind(entering)
 
     def enter_stage(self, index: int, device: torch.device) -> Stage:

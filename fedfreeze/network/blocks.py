@@ -151,7 +151,8 @@ def _laid(outline: Outline, config: ModelConfig, takes: bool | None = None, veri
         return outline
     if takes is None:
         if verified_as not in _takes_channels_last:
-            _takes_channels_last[verified_as] = takes_channels_last(outline.network, outline.image_shape)
+            parts = [(link.module, shape) for link, shape in zip(outline.links[1:], outline.shapes, strict=False)]
+            _takes_channels_last[verified_as] = takes_channels_last(outline.network, outline.image_shape, parts)
         takes = _takes_channels_last[verified_as]
     if not takes:
         if wanted == "auto":

@@ -4,6 +4,8 @@ With weights that lie channels last, torch computes convolutions, and all that f
 not be converted. Results differ by rounding alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -39,13 +41,26 @@ def gains(network: nn.Module) -> bool:
     return len(convolutions) >= _CONVOLUTIONS
 
 
-def takes_channels_last(network: nn.Module, image_shape: tuple[int, int, int]) -> bool:
-    """Tell whether a network trains with weights that lie so: a forward that calls `view` may not. It is tried."""
+def takes_channels_last(
+    network: nn.Module, image_shape: tuple[int, int, int], parts: Sequence[tuple[nn.Module, tuple[int, ...]]] = ()
+) -> bool:
+    """Tell whether a network runs with weights that lie so: a forward that calls `view` may not. It is tried.
+
+    `parts`: modules and what each takes of one image; a surrogate before them may put out channels last in any case.
+    """
     with untouched(network), torch.enable_grad(), global_seed(0, "memory format"):
-        network.train()
         try:
             _lay(network, torch.channels_last)
-            network(torch.full((2, *image_shape), 0.5)).sum().backward()
+            for mode in (True, False):
+                network.train(mode)
+                network(torch.full((2, *image_shape), 0.5)).sum().backward()
+                for part, shape in parts:
+                    part.train(mode)
+                    if len(shape) == 3:
+                        images = torch.full((2, *shape), 0.5)
+                        out = part(images.contiguous(memory_format=torch.channels_last))
+                        if out.requires_grad:
+                            out.sum().backward()
         except Exception:  # whatever the user's code makes of it
             return False
         finally:

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedfreeze.errors import one_line
 from fedfreeze.network.models.resnet import BasicBlock
 from fedfreeze.network.models.vit import EncoderLayer
 from fedfreeze.network.output_modules import TokenSurrogate
@@ -17,6 +16,7 @@ from fedfreeze.network.stage import leaves_in_order
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Layer = nn.Conv2d | nn.Linear
 Norm = BatchNorm | nn.GroupNorm
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
 
 # An activation counts as a ReLU if over standard normal numbers it differs from it by less, on average: GELU and SiLU
 # do, tanh does not.
@@ -88,26 +88,23 @@ def pieces_of(block: nn.Module, shape: Shape) -> tuple[list[Piece], bool]:
     """Return the pieces that run, in order, and whether one is of a class not known here, told by its parts' names.
 
     Random images (2, *shape) go through it in eval mode, to see what modules without weights do. Raises UnfitError for
-    a block that holds anything else.
+    a block that holds anything else, such as subclasses of layers, which may do something of their own.
     """
     block.eval()
     found: list[Piece] = []
-    foreign = False
+    # a hook may change what goes in or comes out
+    foreign = any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
     x = torch.randn(2, *shape)
     for module in leaves_in_order([block]):
-        before = x
-        try:
-            x = module(x.clone())
-        except Exception as error:  # whatever a module of the user's own makes of random values
-            raise UnfitError(f"it cannot be tried with random values: {one_line(error)}") from None
+        before, x = x, module(x.clone())
         last = found[-1] if found else None
         known = _known(module)
         if known is not None:
             found.append(known)
-            foreign |= not isinstance(module, BasicBlock | EncoderLayer | TokenSurrogate)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
+            foreign |= type(module) not in (BasicBlock, EncoderLayer, TokenSurrogate)
+        elif isinstance(module, nn.Conv2d | nn.Linear) and type(module) in (nn.Conv2d, nn.Linear):
             found.append(Unit(module))
-        elif isinstance(module, BatchNorm | nn.GroupNorm) and isinstance(last, Unit) and _is_open(last):
+        elif type(module) in _NORMS and isinstance(last, Unit) and _is_open(last):
             last.norm = _with_values(module)
             if last.norm is None:
                 raise UnfitError(f"a {type(module).__name__} has no weights")
@@ -147,18 +144,18 @@ def _take_plain(module: nn.Module, found: list[Piece], images: torch.Tensor, aft
 
 def _known(module: nn.Module) -> Residual | Encoder | Tokens | None:
     """Return a residual block or an encoder layer, by the names of its parts; None for anything else."""
-    if isinstance(module, TokenSurrogate):
+    if type(module) is TokenSurrogate:
         return Tokens(module.norm, module.linear)
-    if isinstance(module, EncoderLayer):
+    if type(module) is EncoderLayer:
         return Encoder(module, module.projection, module.norm2, module.expand, module.contract)
-    if isinstance(module, nn.TransformerEncoderLayer):
+    if type(module) is nn.TransformerEncoderLayer:
         if not module.norm_first or not isinstance(module.norm2, nn.LayerNorm):
             raise UnfitError("a TransformerEncoderLayer that normalises last cannot take a surrogate's weights")
         return Encoder(module, module.self_attn.out_proj, module.norm2, module.linear1, module.linear2)
     parts = dict(module.named_children())
     convolutions = [part for part in parts.values() if isinstance(part, nn.Conv2d)]
     first, second = parts.get("conv1"), parts.get("conv2")
-    if not isinstance(first, nn.Conv2d) or not isinstance(second, nn.Conv2d) or len(convolutions) != 2:
+    if type(first) is not nn.Conv2d or type(second) is not nn.Conv2d or len(convolutions) != 2:
         return None
     norm1, norm2 = (_with_values(_first_of(parts, f"norm{i}", f"bn{i}", f"gn{i}")) for i in (1, 2))
     if norm1 is None or norm2 is None:
@@ -171,7 +168,12 @@ def _known(module: nn.Module) -> Residual | Encoder | Tokens | None:
 
 def _with_values(module: nn.Module | None) -> Norm | None:
     """Return a normalisation that has a scale and an offset; None: it is something else."""
-    if isinstance(module, BatchNorm | nn.GroupNorm) and module.weight is not None and module.bias is not None:
+    if (
+        type(module) in _NORMS
+        and isinstance(module, BatchNorm | nn.GroupNorm)
+        and module.weight is not None
+        and module.bias is not None
+    ):
         return module
     return None
 

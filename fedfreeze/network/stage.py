@@ -174,7 +174,8 @@ def leaves_in_order(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """
     for module in modules:
         if isinstance(module, nn.ModuleList) or is_plain_sequential(module):
-            yield from leaves_in_order(module.children())
+            # not children(), which leaves out a module that runs twice
+            yield from leaves_in_order(child for child in module._modules.values() if child is not None)
         else:
             yield module
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fedfreeze.errors import one_line
 from fedfreeze.network.pieces import (
     BatchNorm,
     Encoder,
@@ -28,7 +29,7 @@ from fedfreeze.network.pieces import (
 from fedfreeze.network.probing import Shape
 from fedfreeze.network.state import untouched
 
-__all__ = ["UnfitError", "rectified_moments", "start_from"]
+__all__ = ["UnfitError", "rectified_moments", "start_from", "why_unfit"]
 
 # A tensor of the block, and what it starts from.
 Setting = tuple[torch.Tensor, torch.Tensor]
@@ -40,7 +41,6 @@ Moments = tuple[torch.Tensor, torch.Tensor]
 _FOREIGN_DIFFERENCE = 0.5
 
 
-@torch.no_grad()
 def start_from(block: nn.Module, surrogate: nn.Module, shape: Shape, kept: float) -> None:
     """Give a block the values with which it does what its surrogate does; `shape`: what comes in, for one image.
 
@@ -48,17 +48,40 @@ def start_from(block: nn.Module, surrogate: nn.Module, shape: Shape, kept: float
     changes but by pooling, group normalisation, and activations that are not ReLU. Raises UnfitError, and changes
     nothing, for a block that cannot.
     """
-    with untouched(block), untouched(surrogate), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        found, foreign = pieces_of(block, shape)
-        model = _pieces_of_surrogate(surrogate, shape)
-    settings = _settings(found, model, kept)
-    _check_settable(settings)
-    before = [(tensor, tensor.clone()) for tensor, _ in settings]
-    _apply(settings)
-    if foreign and not _agree(block, surrogate, shape):
+    _start(block, surrogate, shape, kept)
+
+
+def why_unfit(block: nn.Module, surrogate: nn.Module, shape: Shape, kept: float) -> str | None:
+    """Return why a block cannot start from its surrogate; None: it can. It is tried, and left as it was."""
+    try:
+        before = _start(block, surrogate, shape, kept)
+    except UnfitError as error:
+        return str(error)
+    _apply(before)
+    return None
+
+
+@torch.no_grad()
+def _start(block: nn.Module, surrogate: nn.Module, shape: Shape, kept: float) -> list[Setting]:
+    """Do it, and return what takes it back. Raises UnfitError."""
+    before: list[Setting] = []
+    try:
+        with untouched(block), untouched(surrogate), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            found, foreign = pieces_of(block, shape)
+            model = _pieces_of_surrogate(surrogate, shape)
+        settings = _settings(found, model, kept)
+        _check_settable(block, settings)
+        before = [(tensor, tensor.clone()) for tensor, _ in settings]
+        _apply(settings)
+        if foreign and not _agree(block, surrogate, shape):
+            raise UnfitError("it does something else than its parts' names tell")
+    except Exception as error:  # also what modules of the user's own make of random values
         _apply(before)
-        raise UnfitError("it does something else than its parts' names tell")
+        if isinstance(error, UnfitError):
+            raise
+        raise UnfitError(f"it cannot be tried with random values: {one_line(error)}") from None
+    return before
 
 
 def _pieces_of_surrogate(surrogate: nn.Module, shape: Shape) -> list[Piece]:
@@ -68,15 +91,22 @@ def _pieces_of_surrogate(surrogate: nn.Module, shape: Shape) -> list[Piece]:
         raise UnfitError("it puts out a size that no stride gives, so its surrogate pools") from None
 
 
-def _check_settable(settings: Sequence[Setting]) -> None:
-    """Raise UnfitError where a value is not the block's to choose: the user froze it, or two layers share it."""
+def _check_settable(block: nn.Module, settings: Sequence[Setting]) -> None:
+    """Raise UnfitError where a value is not the block's to choose.
+
+    It may be calculated from others (weight normalisation), the user froze it, or two layers share it.
+    """
     tensors = [tensor for tensor, _ in settings]
+    own = {id(tensor) for tensor in [*block.parameters(), *block.buffers()]}
+    if not all(id(tensor) in own for tensor in tensors):
+        raise UnfitError("its weights are calculated from others")
     if any(isinstance(tensor, nn.Parameter) and not tensor.requires_grad for tensor in tensors):
         raise UnfitError("it has weights that do not train")
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         raise UnfitError("two of its layers share their weights")
 
 
+@torch.no_grad()
 def _apply(settings: Sequence[Setting]) -> None:
     for tensor, value in settings:
         tensor.copy_(value)
@@ -149,7 +179,7 @@ def _imitating(piece: Piece, model: Piece, pixels: int, kept: float) -> tuple[li
 
 
 def _copied(module: nn.Module, model: nn.Module) -> list[Setting]:
-    ours, theirs = module.state_dict(), model.state_dict()
+    ours, theirs = module.state_dict(keep_vars=True), model.state_dict()
     if {name: tensor.shape for name, tensor in ours.items()} != {name: each.shape for name, each in theirs.items()}:
         raise UnfitError("its first layer has other shapes than its surrogate")
     return [(ours[name], theirs[name]) for name in ours]
@@ -226,7 +256,7 @@ def _is_centred(layer: nn.Conv2d) -> bool:
 
 def _same_norm(norm: Norm, model: Norm) -> list[Setting]:
     same = type(norm) is type(model) and getattr(norm, "num_groups", None) == getattr(model, "num_groups", None)
-    ours, theirs = norm.state_dict(), model.state_dict()
+    ours, theirs = norm.state_dict(keep_vars=True), model.state_dict()
     if not same or {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in theirs.items()}:
         raise UnfitError("its first normalisation is of another kind than its surrogate's (model.norm)")
     return [(ours[name], theirs[name]) for name in ours if ours[name].is_floating_point()]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedfreeze.config.schema import Config
 from fedfreeze.device.cost import Costs, fake_tensors, measure_costs, step_memory
@@ -49,7 +50,8 @@ def propose(
     less than the one before. If no cut lets the share join, the last one yielded has the smallest peak there is. Raises
     ConfigError for a method without stages, or a network with fewer places for a cut than blocks that train together.
     """
-    with fake_tensors():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_tensors(mode):
         outline = build_outline(config.model, image_shape, num_classes, config.seed)
         alone = with_split(one_block_a_stage(config), outline.places[:1])
         if not isinstance(make_method(alone, outline.cut([])), SmartFreeze):
@@ -59,7 +61,7 @@ def propose(
             f"method.window: {config.method.window} blocks cannot train together in {config.model.label}, in which "
             f"blocks can begin at {len(outline.places)} places"
         )
-    search = _Search(config, outline, image_shape, num_classes, fleet)
+    search = _Search(config, outline, image_shape, num_classes, fleet, mode)
     lowest: int | None = None
     for blocks in range(config.method.window, len(outline.places) + 1):
         proposal = search.best(blocks, lowest)
@@ -97,7 +99,17 @@ class _Search:
     measured exactly, and what was estimated too low is corrected, until the best by estimates is the best measured.
     """
 
-    def __init__(self, config: Config, outline: Outline, image_shape: ImageShape, num_classes: int, fleet: Fleet):
+    def __init__(
+        self,
+        config: Config,
+        outline: Outline,
+        image_shape: ImageShape,
+        num_classes: int,
+        fleet: Fleet,
+        mode: FakeTensorMode,
+    ):
+        """`mode`: that in which the outline was made."""
+        self.mode = mode
         self.config = config
         self.outline = outline
         self.image_shape = image_shape
@@ -167,7 +179,7 @@ class _Search:
     def _estimate(self, begin: int, end: int) -> int:
         """Return what the stage of one span needs, the rest taken as one frozen and one missing block."""
         split = [self.places[i] for i in (begin, end) if 0 < i < len(self.places)]
-        with fake_tensors():
+        with fake_tensors(self.mode):
             blocked = self.outline.cut(split)
             config = with_split(one_block_a_stage(self.config), split or self.places[:1])
             method = SmartFreeze(config, blocked)

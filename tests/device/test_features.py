@@ -73,7 +73,7 @@ def test_batches_are_those_of_training_without(augment: str) -> None:
     )
     count = 0
     for ours, (images, labels) in zip(kept.batches(0, 3), plain, strict=True):
-        assert torch.equal(ours.images(), images)
+        assert torch.equal(ours.make_images(), images)
         assert torch.equal(ours.labels, labels)
         torch.testing.assert_close(ours.features(), kept.stage.frozen_forward(images), rtol=1e-4, atol=1e-5)
         count += 1
@@ -100,9 +100,10 @@ def test_kept_features_lie_in_memory_as_the_prefix_puts_them_out(memory_format: 
     for index in (1, 2):
         kept = features_of(config, index=index)
         batch = next(kept.batches(0, 1))
-        direct = kept.stage.frozen_forward(batch.images())
+        direct = kept.stage.frozen_forward(batch.make_images())
         assert batch.features().stride() == direct.stride()
-        assert torch.equal(batch.write_features(direct.clone()), batch.features())
+        assert torch.equal(batch.counted_features(), batch.features())
+        assert batch.counted_features().stride() == direct.stride()
 
 
 def test_a_budget_is_held_and_what_is_over_it_is_calculated_anew() -> None:

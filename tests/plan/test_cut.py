@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedfreeze.cli import main
 from fedfreeze.config.file import make_config
@@ -51,9 +52,10 @@ def costs_of(split: tuple[str, ...], window: int = 1) -> Costs:
 
 @functools.cache
 def estimate_of(begin: int, end: int, measure: Callable[[_Search, int, int], int] = _Search._estimate) -> int:
-    with fake_tensors():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_tensors(mode):
         outline = build_outline(small().model, SHAPE, CLASSES, 0)
-    return measure(_Search(small(), outline, SHAPE, CLASSES, make_fleet(small().fleet, 0)), begin, end)
+    return measure(_Search(small(), outline, SHAPE, CLASSES, make_fleet(small().fleet, 0), mode), begin, end)
 
 
 @pytest.fixture
