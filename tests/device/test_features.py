@@ -133,6 +133,58 @@ class OwnLoss(Stage):
         return loss + images.mean(), logits
 
 
+class Batched(nn.Module):
+    """Makes of an image what depends on the others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0)
+
+
+class Sliced(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, ::2, ::2]
+
+
+class Expanded(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, :1, :1].contiguous().expand(-1, -1, 4, 4)
+
+
+class Tokens(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 2).flatten(2).transpose(1, 2)
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.LazyLinear(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.add_(1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "kept"), [(Batched, False), (Sliced, False), (Expanded, False), (Tokens, True), (nn.Identity, True)]
+)
+def test_a_prefix_of_any_layout_gives_what_it_puts_out_or_is_not_kept(prefix: type[nn.Module], kept: bool) -> None:
+    config = config_of("none")
+    active = Linear()
+    active(prefix()(torch.zeros(2, *SHAPE)).clone())
+    stage = Stage(1, [prefix()], active, nn.Linear(5, 10), CPU)
+    assert can_be_kept(stage, config, SHAPE, CPU) == kept
+    if kept:
+        features = FrozenFeatures(stage, data(), [np.arange(SAMPLES)], config, CPU)
+        for batch in features.batches(0, 1):
+            wanted = stage.frozen_forward(batch.make_images())
+            assert torch.equal(batch.features(), wanted)
+            assert torch.equal(batch.counted_features(), wanted)
+            assert batch.features().stride() == batch.counted_features().stride()
+        first = stage.behind(features.of_test(0, 8))  # which changes what it is given
+        assert torch.equal(stage.behind(features.of_test(0, 8)), first)
+        assert torch.equal(stage.behind(features.of_test(0, 8)), first)
+
+
 def test_what_cannot_be_kept_is_not() -> None:
     config = config_of()
     assert can_be_kept(stage_of(config), config, SHAPE, CPU)

@@ -96,6 +96,47 @@ def test_auto_takes_it_where_there_are_convolutions_enough() -> None:
     assert not gains(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)))
 
 
+class ViewedInEvaluation(Viewed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(self.conv1(x).relu()).relu()
+        return self.fc(x.flatten(1) if self.training else x.view(x.size(0), -1))
+
+
+class Contiguous(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.scale).contiguous()
+
+
+class ViewedInHead(Viewed):
+    """The last block puts out maps that can be viewed; what stands in for it does not."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: object = None) -> None:
+        super().__init__(num_classes, in_channels)
+        self.last = Contiguous(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.last(self.conv2(self.conv1(x).relu()).relu())
+        return self.fc(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("network", ["Viewed", "ViewedInEvaluation", "ViewedInHead"])
+def test_wherever_view_is_called_a_network_trains_and_is_judged(network: str) -> None:
+    own = {"factory": f"{__name__}:{network}", "split": ["conv1", "conv2"]}
+    blocked = built("auto", **own)
+    assert not blocked.channels_last
+    method = make_method(configured("auto", **own), blocked)
+    for index in range(method.num_stages):
+        stage = method.enter_stage(index, CPU)
+        LocalTrainer(stage, configured("auto").train).step(torch.rand(4, 3, 8, 8), torch.arange(4))
+        stage.eval()
+        stage(torch.rand(2, 3, 8, 8))
+        method.leave_stage(stage)
+
+
 def test_a_forward_that_calls_view_stays_as_it_is() -> None:
     own = {"factory": f"{__name__}:Viewed", "split": ["conv1", "conv2"]}
     network = Viewed()

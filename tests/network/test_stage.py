@@ -12,7 +12,7 @@ from fedfreeze.methods import make_method
 from fedfreeze.network.blocks import BlockedNetwork, build_network, outline_of
 from fedfreeze.network.flat import FlatPart
 from fedfreeze.network.output_modules import OutputModules
-from fedfreeze.network.stage import LocalTrainer
+from fedfreeze.network.stage import LocalTrainer, Stage
 
 CPU = torch.device("cpu")
 DEPTHS = {"resnet8": 3, "resnet10": 4, "resnet18": 4, "resnet34": 4}
@@ -179,6 +179,14 @@ def test_frozen_prefix_stores_nothing_for_backward() -> None:
     frozen_storages = {t.untyped_storage().data_ptr() for t in stage.frozen.state_dict().values()}
     assert saved
     assert not frozen_storages & {t.untyped_storage().data_ptr() for t in saved}
+
+
+def test_a_frozen_block_runs_a_module_as_often_as_it_stands_there() -> None:
+    bend, pool = nn.Tanh(), nn.MaxPool2d(2)
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), bend, pool, nn.Sequential(nn.Conv2d(4, 4, 3), bend), pool, bend)
+    stage = Stage(1, [block], nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), nn.Linear(4, 2), CPU)
+    images = torch.randn(2, 3, 14, 14)
+    assert torch.equal(stage.frozen_forward(images), block(images))
 
 
 def test_momentum_of_one_device_is_unknown_to_the_next() -> None:

@@ -1,6 +1,7 @@
 """A new block starts as its surrogate: logits go on, own networks fit as far as their shapes do, the rest is named."""
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -315,6 +316,18 @@ def has_own(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.Linear | Basic)
 
 
+def test_what_cannot_be_copied_is_looked_at_and_left_as_it_was() -> None:
+    torch.manual_seed(0)
+    network = own(Locked(conv(8, 16), bn(16)))
+    blocked = cut(network, SPLIT)
+    method = SmartFreeze(make_config({"method": {"start": "surrogate"}}), blocked)
+    before = copy.deepcopy(network.block[0].state_dict())  # type: ignore[index]
+    reason = "its first values cannot be a surrogate's: Locked"
+    assert method.notices() == [f"method.start: block block starts anew, not from the surrogate: {reason}"]
+    after = network.block[0].state_dict()  # type: ignore[index]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
 def test_encoder_layers_of_torch() -> None:
     torch.manual_seed(0)
     assert tried(Patches(), ("embed", "layer1")) < 1e-5
@@ -341,6 +354,51 @@ class Last(Patches):
     def __init__(self) -> None:
         super().__init__()
         self.layer1, self.layer2 = (transformer(norm_first=False) for _ in range(2))
+
+
+class Standardised(nn.Conv2d):
+    """A layer that calculates with other weights than it holds."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, self.weight - self.weight.mean(), self.bias, self.stride, self.padding)
+
+
+class Demanding(nn.Module):
+    """Takes only what a ReLU puts out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert bool((x >= 0).all()), "takes what a ReLU puts out"
+        return x
+
+
+class Locked(nn.Sequential):
+    """Cannot be copied."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__(*modules)
+        self.lock = threading.Lock()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.lock:
+            return super().forward(x)
+
+
+def parametrized() -> nn.Module:
+    network = own(nn.Sequential(conv(8, 16), bn(16), nn.ReLU(), conv(16, 16), bn(16)))
+    nn.utils.parametrizations.weight_norm(network.block[3])  # type: ignore[index]
+    return network
+
+
+def old_weight_norm() -> nn.Module:
+    network = own(nn.Sequential(conv(8, 16), bn(16)))
+    nn.utils.weight_norm(network.block[0])  # type: ignore[index]
+    return network
+
+
+def hooked() -> nn.Module:
+    network = own(nn.Sequential(conv(8, 16), bn(16)))
+    network.block[1].register_forward_hook(lambda module, given, out: -2 * out)  # type: ignore[index]
+    return network
 
 
 UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -378,10 +436,22 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "weights that the user froze": (lambda: frozen(own(nn.Sequential(conv(8, 16), bn(16)))), "do not train"),
     "a layer that runs twice": (twice, "several modules that cannot be parted"),
     "tied layers": (tied, "share their weights"),
+    "weights that are calculated anew": (parametrized, "surrogate's: ParametrizedConv2d"),
+    "weights that are calculated, as it was once done": (old_weight_norm, "calculated from others"),
+    "a subclass of a layer": (
+        lambda: own(nn.Sequential(Standardised(8, 16, 3, padding=1), bn(16))),
+        "surrogate's: Standardised",
+    ),
+    "a hook that changes what comes out": (hooked, "its parts' names tell"),
+    "a module that does not take random values": (
+        lambda: own(nn.Sequential(conv(8, 16), bn(16), nn.ReLU(), Demanding()), activation=same),
+        "takes what a ReLU puts out",
+    ),
     "encoder layers that normalise last": (Last, "normalises last"),
 }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", UNFIT)
 def test_what_does_not_fit_is_named_and_left_alone(case: str) -> None:
     make, says = UNFIT[case]
