@@ -77,7 +77,8 @@ class ModelConfig:
     `in_channels`, `image_size` (height, width) and `model.options`, it returns the network (docs/extending.md)."""
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     """How weights of convolutions lie in memory: `channels_last` is faster on CPUs, and results differ by rounding;
-    `auto` takes it on CPUs, for networks of several convolutions that run so."""
+    `auto` takes it on CPUs, for networks of several convolutions that run so; of your own, for those without group
+    normalisation."""
     split: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the modules at which blocks begin; none: the usual cut of `name`. `fedfreeze plan CONFIG --cut` proposes
     one for the fleet."""

@@ -158,8 +158,8 @@ def _laid(outline: Outline, config: ModelConfig, takes: bool | None = None, veri
         if wanted == "auto":
             return outline
         raise ConfigError(
-            "model.memory_format: the network fails with channels_last, as a forward does that calls view where "
-            "reshape would do; use contiguous"
+            "model.memory_format: the network fails with channels_last, as one does that calls view where reshape "
+            "would do, or has group normalisation; use contiguous"
         )
     lay_channels_last(outline.network)
     return replace(outline, channels_last=True)

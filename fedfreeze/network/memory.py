@@ -5,10 +5,12 @@ not be converted. Results differ by rounding alone.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from fedfreeze.network.state import untouched
 from fedfreeze.seeds import global_seed
@@ -41,14 +43,25 @@ def gains(network: nn.Module) -> bool:
     return len(convolutions) >= _CONVOLUTIONS
 
 
+class _WithoutGroupNorm(TorchFunctionMode):
+    """Fails where group normalisation is called, as a module or as a function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "group_norm" in getattr(func, "__name__", ""):
+            raise RuntimeError("group normalisation")
+        return func(*args, **(kwargs or {}))
+
+
 def takes_channels_last(
     network: nn.Module, image_shape: tuple[int, int, int], parts: Sequence[tuple[nn.Module, tuple[int, ...]]] = ()
 ) -> bool:
     """Tell whether a network runs with weights that lie so: a forward that calls `view` may not. It is tried.
 
+    Not with group normalisation: where what comes in needs no gradient, as behind a frozen block, torch's backward pass
+    of it ends the process when that lies channels last (seen with 2.13).
     `parts`: modules and what each takes of one image; a surrogate before them may put out channels last in any case.
     """
-    with untouched(network), torch.enable_grad(), global_seed(0, "memory format"):
+    with untouched(network), torch.enable_grad(), global_seed(0, "memory format"), _WithoutGroupNorm():
         try:
             _lay(network, torch.channels_last)
             for mode in (True, False):

@@ -123,9 +123,27 @@ class ViewedInHead(Viewed):
         return self.fc(x.view(x.size(0), -1))
 
 
-@pytest.mark.parametrize("network", ["Viewed", "ViewedInEvaluation", "ViewedInHead"])
-def test_wherever_view_is_called_a_network_trains_and_is_judged(network: str) -> None:
-    own = {"factory": f"{__name__}:{network}", "split": ["conv1", "conv2"]}
+class GroupFirst(Viewed):
+    """Group normalisation of what a frozen block puts out; channels last, torch would end the process."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: object = None) -> None:
+        super().__init__(num_classes, in_channels)
+        self.norm = nn.GroupNorm(2, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(self.norm(self.conv1(x)).relu()).relu()
+        return self.fc(x.flatten(1))
+
+
+class GroupFunction(Viewed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(nn.functional.group_norm(self.conv1(x), 2).relu()).relu()
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize("network", ["GroupFirst", "GroupFunction", "Viewed", "ViewedInEvaluation", "ViewedInHead"])
+def test_networks_that_cannot_be_run_so_train_and_are_judged(network: str) -> None:
+    own = {"factory": f"{__name__}:{network}", "split": ["conv1", "norm" if network == "GroupFirst" else "conv2"]}
     blocked = built("auto", **own)
     assert not blocked.channels_last
     method = make_method(configured("auto", **own), blocked)

@@ -55,7 +55,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return  # whoever started the workers adds up
     folders = report.nodeid.split("::")[0].split("/")[1:-1]
     room = _rooms[folders[0] if folders else "(the root)"]
-    programs = dict(report.user_properties)[report.when]
+    programs = dict(report.user_properties).get(report.when)
+    if programs is None:
+        return  # a worker has crashed
     room.tests += report.when == "call"
     room.seconds += report.duration
     room.started += programs["started"]
