@@ -33,12 +33,11 @@ class _Kept:
         self.array = self.values.numpy()
         """The values; the same memory."""
 
-    def take(self, views: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-        """Return features (batch, *shape), in memory as the prefix puts them out."""
-        return self._in_shape(self.values[views, samples])
+    def take(self, views: np.ndarray, samples: np.ndarray) -> torch.Tensor:
+        """Return features (batch, *shape), in memory as the prefix puts them out.
 
-    def take_unseen(self, views: np.ndarray, samples: np.ndarray) -> torch.Tensor:
-        """Return the same, past a count of tensors, which sees what torch itself does."""
+        By numpy, past a count of tensors, which sees what torch does.
+        """
         found = self.array[views, samples]
         return torch.from_numpy(found.transpose(0, 3, 1, 2) if self.channels_last else found)
 
@@ -46,9 +45,6 @@ class _Kept:
         """Take in features."""
         self.values[views, samples] = found.permute(0, 2, 3, 1) if self.channels_last else found
         self.filled[views, samples] = True
-
-    def _in_shape(self, found: torch.Tensor) -> torch.Tensor:
-        return found.permute(0, 3, 1, 2) if self.channels_last else found
 
 
 @dataclass(frozen=True)
@@ -68,12 +64,12 @@ class FeatureBatch:
 
     def features(self) -> torch.Tensor:
         """Return what the frozen prefix puts out, (batch, ...), on the device."""
-        return self.kept.take(self.views, self.chosen).to(self.owner.device)
+        return self.kept.take(*self.places).to(self.owner.device)
 
     def counted_features(self) -> torch.Tensor:
         """Return the same where tensors are counted: with the device's own work and memory before."""
         self.owner.stage.frozen_forward(self.made[0])
-        found = self.kept.take_unseen(*self.places)
+        found = self.kept.take(*self.places)
         # strides of dimensions of length 1 say nothing, but decide how a convolution calculates
         return torch.empty_strided(found.shape, found.stride(), device=self.owner.device).copy_(found)
 

@@ -47,13 +47,9 @@ class SmartFreeze(Method):
         entering = range(self.window, len(self.blocked.blocks))
         if entering and not len(self.output_modules.surrogates):
             return ["method.start: with method.output_module=pool nothing imitates a block, so all start anew"]
-        reasons = {i: self._why_anew(i) for i in entering}
+        reasons = {i: why_unfit(*self._start(i)) for i in entering}
         unfit = {self.blocked.names[i]: reason for i, reason in reasons.items() if reason is not None}
         return [f"method.start: {_by_reason(unfit)}"] if unfit else []
-
-    def _why_anew(self, block: int) -> str | None:
-        """Return why a block cannot start from its surrogate; None: it can."""
-        return why_unfit(*self._start(block))
 
     def _start(self, block: int) -> tuple[nn.Module, nn.Module, Shape, float]:
         """Return a block, the surrogate that imitates it, what comes in, and how much of its first values is kept."""

@@ -28,6 +28,7 @@ from fedfreeze.network.pieces import (
 )
 from fedfreeze.network.probing import Shape
 from fedfreeze.network.state import untouched
+from fedfreeze.seeds import global_seed, torch_generator
 
 __all__ = ["UnfitError", "rectified_moments", "start_from", "why_unfit"]
 
@@ -66,8 +67,7 @@ def _start(block: nn.Module, surrogate: nn.Module, shape: Shape, kept: float) ->
     """Do it, and return what takes it back. Raises UnfitError."""
     before: list[Setting] = []
     try:
-        with untouched(block), untouched(surrogate), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with untouched(block), untouched(surrogate), global_seed(0, "start"):
             found, foreign = pieces_of(block, shape)
             model = _pieces_of_surrogate(surrogate, shape)
         settings = _settings(found, model, kept)
@@ -117,7 +117,7 @@ def _agree(block: nn.Module, surrogate: nn.Module, shape: Shape) -> bool:
     with untouched(block), untouched(surrogate):
         block.eval()
         surrogate.eval()
-        images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)).relu()
+        images = torch.randn(8, *shape, generator=torch_generator(0, "start")).relu()
         wanted = surrogate(images)
         apart = (block(images.clone()) - wanted).abs().mean()
         return bool(apart <= _FOREIGN_DIFFERENCE * (wanted - wanted.mean()).abs().mean())
