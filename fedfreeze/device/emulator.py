@@ -1,7 +1,8 @@
 """A rank's emulator: trains the devices assigned to it, one after the other, each under its own cap."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -205,28 +206,11 @@ class Emulator:
         with self.cap.device(assignment.cap_bytes) as memory, global_seed(config.seed, "local training", *key):
             self.trainer.begin(start, plan.learning_rate)
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            if self.features is not None:
-                for batch in self.features.batches(assignment.device, plan.round):
-                    self.check()
-                    sums += self._step_behind(memory, plan.stage, batch)
-                    steps += 1
-                    samples += len(batch.labels)
-            else:
-                batches = training_batches(
-                    self.data,
-                    rows,
-                    batch_size=config.train.batch_size,
-                    epochs=config.train.local_epochs,
-                    augment=config.data.augment,
-                    shuffle=torch_generator(config.seed, "shuffle", *key),
-                    augmentation=torch_generator(config.seed, "augment", *key),
-                    device=self.device,
-                )
-                for images, labels in batches:
-                    self.check()
-                    sums += self._step(memory, plan.stage, images, labels)
-                    steps += 1
-                    samples += len(images)
+            for count, take in self._steps(memory, plan, assignment.device):
+                self.check()
+                sums += take()
+                steps += 1
+                samples += count
         loss = sums[0].item() / max(1, steps)
         if not np.isfinite(loss):
             return DeviceReport(assignment.device, len(rows), failed=f"diverged: the training loss is {loss}")
@@ -240,6 +224,27 @@ class Emulator:
             tensor_peak_bytes=memory.tensor_peak_bytes,
         )
 
+    def _steps(
+        self, memory: DeviceMemory, plan: RoundPlan, device: int
+    ) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
+        """Yield for each of a device's batches how many samples it has, and what trains on it."""
+        if self.features is not None:
+            for batch in self.features.batches(device, plan.round):
+                yield len(batch.labels), partial(self._step_behind, memory, plan.stage, batch)
+            return
+        config, key = self.config, (plan.round, device)
+        for images, labels in training_batches(
+            self.data,
+            self.parts[device],
+            batch_size=config.train.batch_size,
+            epochs=config.train.local_epochs,
+            augment=config.data.augment,
+            shuffle=torch_generator(config.seed, "shuffle", *key),
+            augmentation=torch_generator(config.seed, "augment", *key),
+            device=self.device,
+        ):
+            yield len(images), partial(self._step, memory, plan.stage, images, labels)
+
     def _step(self, memory: DeviceMemory, stage: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.cap.step(
             memory,
@@ -250,7 +255,6 @@ class Emulator:
 
     def _step_behind(self, memory: DeviceMemory, stage: int, batch: FeatureBatch) -> torch.Tensor:
         """Take a step on kept features; where the device's memory is counted, its prefix runs as on the device."""
-
         return self.cap.step(
             memory,
             (stage, self.level, len(batch.labels)),
