@@ -6,8 +6,8 @@ Each work is done by fedfreeze (FedAvg, caps enforced, `--nproc`) and by as many
 (convolutions channels last, memory kept by the C library, fused SGD, one thread), in turn, `--repeats` times, the plain
 loop before and after each of our runs. Wall seconds are the median of a run's rounds but the first and the last, which
 is judged on the test data, too; processor seconds of a round are what a run of more rounds takes beyond one of one
-round. Efficiency is the plain loop's seconds, the mean of both times, over ours; the median of the repeats. Images are random,
-3x32x32, batch 32, 500 a device; in `one_step` 8x8, ten a device, one step each.
+round. Efficiency is the plain loop's seconds, the mean of both times, over ours; the median of the repeats. Images are
+random, 3x32x32, batch 32, 500 a device; in `one_step` 8x8, ten a device, one step each.
 """
 
 import argparse

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from fedfreeze.config.schema import Config
-from fedfreeze.data.batches import plain_batches, training_batches
+from fedfreeze.data.batches import drawn_batches, plain_batches, training_batches
 from fedfreeze.data.store import Data
 from fedfreeze.device.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
 from fedfreeze.device.evaluation import count_correct, evaluated_rows
-from fedfreeze.device.features import FeatureBatch, FrozenFeatures, can_be_kept
+from fedfreeze.device.features import FeatureBatch, FrozenFeatures, draws_of, why_not_kept
 from fedfreeze.device.probe import LOSSES, Probe
 from fedfreeze.errors import ConfigError
 from fedfreeze.messages import Assignment, DeviceReport, ProbePlan, RoundPlan
@@ -20,7 +20,7 @@ from fedfreeze.methods import Method
 from fedfreeze.methods.aggregate import STATISTICS_LIMIT, UPDATE_LIMIT, UpdateSum, first_unusable
 from fedfreeze.network.stage import LocalTrainer, Stage, cannot_learn, has_batch_norm, sees_one_value
 from fedfreeze.plugins import own_code
-from fedfreeze.seeds import global_seed, numpy_generator, torch_generator
+from fedfreeze.seeds import global_seed, numpy_generator
 from fedfreeze.select import selector_class
 
 
@@ -75,9 +75,19 @@ class Emulator:
         self.values = self.stage.flat.values().to("cpu", copy=True)
         self.in_stage = True
         self.has_batch_norm = has_batch_norm(self.stage)
-        self.features = None
-        if not self.method.counted and can_be_kept(self.stage, self.config, self.data.image_shape, self.device):
-            self.features = FrozenFeatures(self.stage, self.data, self.parts, self.config, self.device)
+        self.features = self._features()
+
+    @property
+    def stores(self) -> bool:
+        """Whether devices store what their frozen blocks put out."""
+        return self.config.train.prefix == "stored"
+
+    def _features(self) -> FrozenFeatures | None:
+        if self.method.counted or not len(self.stage.frozen) or not (self.stores or self.config.cache.features):
+            return None
+        if why_not_kept(self.stage, self.config, self.data.image_shape, self.device) is not None:
+            return None  # devices that store them were asked for this at the start (check_storable)
+        return FrozenFeatures(self.stage, self.data, self.parts, self.config, self.device)
 
     def enter_level(self, level: int) -> None:
         """Build a sub-model of the stage, in place of the one before."""
@@ -207,7 +217,7 @@ class Emulator:
         with self.cap.device(assignment.cap_bytes) as memory, global_seed(config.seed, "local training", *key):
             self.trainer.begin(start, plan.learning_rate)
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            for count, take in self._steps(memory, plan, assignment.device):
+            for count, take in self._steps(memory, plan, assignment):
                 self.check()
                 sums += take()
                 steps += 1
@@ -226,24 +236,25 @@ class Emulator:
         )
 
     def _steps(
-        self, memory: DeviceMemory, plan: RoundPlan, device: int
+        self, memory: DeviceMemory, plan: RoundPlan, assignment: Assignment
     ) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
         """Yield for each of a device's batches how many samples it has, and what trains on it."""
+        device, rows, train = assignment.device, self.parts[assignment.device], self.config.train
         if self.features is not None:
+            if assignment.stores:
+                self._store(memory, plan.stage, self.features.first_images(device))
             for batch in self.features.batches(device, plan.round):
                 yield len(batch.labels), partial(self._step_behind, memory, plan.stage, batch)
             return
-        config, key = self.config, (plan.round, device)
-        for images, labels in training_batches(
-            self.data,
-            self.parts[device],
-            batch_size=config.train.batch_size,
-            epochs=config.train.local_epochs,
-            augment=config.data.augment,
-            shuffle=torch_generator(config.seed, "shuffle", *key),
-            augmentation=torch_generator(config.seed, "augment", *key),
-            device=self.device,
-        ):
+        drawn = drawn_batches(
+            self.config.data,
+            len(rows),
+            self.data.image_shape[1],
+            batch_size=train.batch_size,
+            epochs=train.local_epochs,
+            draws=draws_of(self.config, plan.stage, plan.round, device),
+        )
+        for images, labels in training_batches(self.data, rows, drawn, self.device):
             yield len(images), partial(self._step, memory, plan.stage, images, labels)
 
     def _step(self, memory: DeviceMemory, stage: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -254,11 +265,30 @@ class Emulator:
             lambda: self.trainer.step(images, labels),
         )
 
+    def _store(self, memory: DeviceMemory, stage: int, images: torch.Tensor) -> None:
+        """Run the frozen blocks on a batch as a device does that stores what they put out, for its memory alone."""
+        self.cap.step(
+            memory,
+            (stage, "stores", len(images)),
+            lambda: [*self.stage.frozen_tensors(), images],
+            lambda: self.stage.frozen_forward(images),
+            lambda: images,  # its memory is known
+        )
+
     def _step_behind(self, memory: DeviceMemory, stage: int, batch: FeatureBatch) -> torch.Tensor:
-        """Take a step on kept features; where the device's memory is counted, its prefix runs as on the device."""
+        """Take a step on kept features; where the device's memory is counted, the device's own way to come by them."""
+        kind = (stage, self.level, len(batch.labels))
+        if self.stores:
+            return self.cap.step(
+                memory,
+                kind,
+                lambda: [*self.trainer.held_behind(), batch.labels],
+                lambda: self.trainer.step_behind(batch.read_features, batch.labels),
+                lambda: self.trainer.step_behind(batch.features, batch.labels),
+            )
         return self.cap.step(
             memory,
-            (stage, self.level, len(batch.labels)),
+            kind,
             lambda: [*self.trainer.held_tensors(), batch.make_images(), batch.labels],
             lambda: self.trainer.step_behind(batch.counted_features, batch.labels),
             lambda: self.trainer.step_behind(batch.features, batch.labels),

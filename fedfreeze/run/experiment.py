@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 
 from fedfreeze.comm.ranks import Ranks
 from fedfreeze.config.schema import Config, code_named
-from fedfreeze.data.batches import VIEWS
 from fedfreeze.data.identity import Identity, identify, is_same
 from fedfreeze.data.partition import partition_of
 from fedfreeze.data.partition_summary import summarise
 from fedfreeze.data.store import Data, open_store, prepare
 from fedfreeze.device.cost import fit_method, measure_costs
 from fedfreeze.device.emulator import Emulator
+from fedfreeze.device.feature_store import check_folder
+from fedfreeze.device.features import check_storable
 from fedfreeze.errors import (
     ConfigError,
     DataError,
@@ -72,6 +74,7 @@ class Experiment:
         self.history = history
         self.preemption = preemption
         self._unsaved: Unsaved | None = None
+        self._cache_noted = False
         self.coordinator: Coordinator | None = None
         self.store = ranks.together(lambda: prepare(config.data))
         self.data: Data = ranks.together(lambda: open_store(self.store))
@@ -81,6 +84,8 @@ class Experiment:
         self.fitted: dict[str, Any] = ranks.decide(lambda: self._fit(fleet))
         # before the network is built: what no device can hold may not fit this machine either
         ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
+        ranks.decide(lambda: self._check_storable(device))
+        ranks.together(self._check_cache)
         self.method = ranks.together(partial(self._build, device))
         self.emulator = Emulator(config, self.data, parts, self.method, device, self._check)
         self.window = PerturbationWindow(config.pace.window)
@@ -117,6 +122,14 @@ class Experiment:
                     )
         return method
 
+    def _check_storable(self, device: torch.device) -> None:
+        check_storable(self.config, self.data.image_shape, self.data.num_classes, self.fitted, device)
+
+    def _check_cache(self) -> None:
+        cache = self.config.cache
+        if cache.features and cache.dir is not None:
+            check_folder(Path(cache.dir))
+
     def _fit(self, fleet: Fleet) -> dict[str, Any]:
         return fit_method(self.config, self.data.image_shape, self.data.num_classes, fleet.memory_cap_bytes)
 
@@ -147,6 +160,7 @@ class Experiment:
             told = self.ranks.decide(partial(self._record, result, started))
             verdict = result.verdict
             if verdict.end_stage is not None:
+                self._note_cache()
                 self.emulator.leave_stage()
                 if not verdict.stop:
                     stage += 1
@@ -209,9 +223,10 @@ class Experiment:
         self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
         with own_code("method.name", self.config.method.name):
             notices = self.method.notices()
-        if self.config.cache.features and self.config.data.augment not in VIEWS:
+        if self.config.cache.features and self.config.data.view_count is None:
             notices.append(
-                f"cache.features: nothing is kept, as data.augment={self.config.data.augment} has no end of views"
+                f"cache.features: nothing is kept, as data.augment={self.config.data.augment} has no end of views; "
+                "data.views gives it one"
             )
         for notice in notices:
             self.reporter.notice(notice)
@@ -284,6 +299,19 @@ class Experiment:
         reason = self.preemption.reason_to_drop() if self.ranks.is_root else None
         if reason is not None:
             raise PreemptedError(reason)
+
+    def _note_cache(self) -> None:
+        """Say once if features of a stage that ends found no room."""
+        features = self.emulator.features
+        if features is None or not features.store.refused or self._cache_noted:
+            return
+        self._cache_noted = True
+        disk = "raise it" if self.config.cache.dir is None else "raise it or cache.disk_mib"
+        self.reporter.notice(
+            f"cache.budget_mib: {self.config.cache.budget_mib:g} MiB a rank were too few for the features of stage "
+            f"{self.emulator.stage.index + 1}, the rest was calculated anew; {disk}"
+            + (", or name a folder on a disk in cache.dir" if self.config.cache.dir is None else "")
+        )
 
     def _between_rounds(self) -> dict[str, Any]:
         """On rank 0 alone: whether the run shall leave or save now, for all ranks."""
