@@ -106,7 +106,7 @@ def test_plan_says_what_devices_store(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(len(line) <= 100 for line in table.splitlines())
     assert "flash" in table
     assert f"{rows[1]['flash_mib']:.2f}" in table
-    assert "3 views of each sample" in table
+    assert "for 3 views of each sample" in table
 
 
 def test_help_lists_exit_codes_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
