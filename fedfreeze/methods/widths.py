@@ -195,7 +195,8 @@ class WidthScaled(Method):
     def enter_level(self, index: int, level: int, device: torch.device) -> Stage:
         """See Method."""
         width = self.widths[level]
-        laid: Literal["channels_last", "contiguous"] = "channels_last" if self.blocked.channels_last else "contiguous"
+        # not always as the whole lies: a narrow one may have to be contiguous
+        laid: Literal["auto", "contiguous"] = "auto" if self.blocked.channels_last else "contiguous"
         model = replace(scaled(self.config.model, width), memory_format=laid)
         blocked = build_network(model, self.blocked.image_shape, self.blocked.num_classes, self.config.seed)
         return SubModelStage(blocked, width / self.width, device)

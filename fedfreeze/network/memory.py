@@ -43,6 +43,24 @@ def gains(network: nn.Module) -> bool:
     return len(convolutions) >= _CONVOLUTIONS
 
 
+# Channels of a block in oneDNN's kernels, of a processor with AVX-512.
+_BLOCK = 16
+
+
+def overruns(network: nn.Module) -> bool:
+    """Tell whether torch would write past the end of memory in a network's backward pass, channels last.
+
+    So it does (2.13, by oneDNN) in a strided convolution over single pixels that takes fewer channels than a block of
+    its kernels has: seen with fewer than 8 on a processor with AVX2, whose blocks have 8.
+    """
+    return any(
+        isinstance(module, nn.Conv2d)
+        and max(module.kernel_size) == 1 < max(module.stride)
+        and module.in_channels < _BLOCK
+        for module in network.modules()
+    )
+
+
 class _WithoutGroupNorm(TorchFunctionMode):
     """Fails where group normalisation is called, as a module or as a function."""
 

@@ -12,7 +12,7 @@ from fedfreeze.errors import ConfigError
 from fedfreeze.methods import make_method
 from fedfreeze.network.blocks import BlockedNetwork, build_network
 from fedfreeze.network.flat import FlatPart
-from fedfreeze.network.memory import gains, is_channels_last, lay_channels_last, takes_channels_last
+from fedfreeze.network.memory import gains, is_channels_last, lay_channels_last, overruns, takes_channels_last
 from fedfreeze.network.stage import LocalTrainer
 from tests.support.checks import assert_one_line
 
@@ -35,7 +35,7 @@ class Viewed(nn.Module):
 
 
 def configured(memory_format: str, **model: object) -> Config:
-    return make_config({"model": {"width": 8, "memory_format": memory_format, **model}})
+    return make_config({"model": {"width": 16, "memory_format": memory_format, **model}})
 
 
 def built(memory_format: str, **model: object) -> BlockedNetwork:
@@ -94,6 +94,44 @@ def test_auto_takes_it_where_there_are_convolutions_enough() -> None:
     assert built("auto").channels_last
     assert not built("auto", name="vit", width=16).channels_last
     assert not gains(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 7, 8, 12])
+def test_narrow_networks_in_which_torch_would_write_past_the_end_stay_contiguous(width: int) -> None:
+    blocked = built("auto", name="resnet10", width=width)
+    assert overruns(blocked.network)
+    assert not blocked.channels_last
+    method = make_method(configured("auto", width=width), blocked)
+    for index in range(method.num_stages):
+        stage = method.enter_stage(index, CPU)
+        for _ in range(3):
+            LocalTrainer(stage, configured("auto").train).step(torch.rand(8, 3, 8, 8), torch.arange(8))
+        method.leave_stage(stage)
+    with pytest.raises(ConfigError) as raised:
+        built("channels_last", name="resnet10", width=width)
+    assert_one_line(raised.value, "model.memory_format", "fewer than 16 channels", "use contiguous")
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
+def test_a_narrow_sub_model_of_a_wide_network_is_contiguous(name: str) -> None:
+    config = make_config({"model": {"name": "resnet8", "width": 16}, "method": {"name": name, "widths": [1.0, 0.25]}})
+    blocked = build_network(config.model, (3, 8, 8), 10, 0)
+    assert blocked.channels_last
+    method = make_method(config, blocked)
+    stage = method.enter_stage(0, CPU)
+    labels = torch.arange(10)
+    for level, wide in ((0, False), (1, True)):
+        part = method.enter_level(0, level, CPU)
+        laid = {is_channels_last(p) for p in part.parameters() if p.dim() == 4 and p.shape[2] > 1 < p.shape[1]}
+        assert laid == {wide}
+        LocalTrainer(part, config.train).step(torch.rand(8, 3, 8, 8), torch.arange(8))
+        index = method.part_index(stage, part, 0, labels)  # fedrolex has not rolled yet
+        # the same place of the same tensor, whichever way it lies
+        for slot in part.flat.slots:
+            whole = next(other for other in stage.flat.slots if other.path == slot.path)
+            places = torch.arange(len(stage.flat))
+            expected = whole.view_of(places)[tuple(slice(size) for size in slot.shape)]
+            assert torch.equal(slot.view_of(index), expected)
 
 
 class ViewedInEvaluation(Viewed):
