@@ -96,7 +96,7 @@ def tell(coordinator: Coordinator | None, plan: ProbePlan, table: torch.Tensor) 
     assert coordinator is not None
     answered = table[:, 0] > 0
     rows = table[answered].numpy()
-    devices = np.array([a.device for a in plan.assignments], dtype=np.int64)[answered.numpy()]
+    devices = np.array(plan.devices, dtype=np.int64)[answered.numpy()]
     loss, squared_loss = rows[:, 1].astype(np.float64), rows[:, 2].astype(np.float64)
     coordinator.learn(Probes(devices, loss, squared_loss, rows[:, 3:]))
 
