@@ -17,7 +17,6 @@ import time
 import tracemalloc
 from pathlib import Path
 
-import networkx as nx
 import numpy as np
 import torch
 
@@ -52,7 +51,13 @@ def signatures_of(devices: int) -> np.ndarray:
 
 def measure(devices: int, participants: int) -> dict[str, float]:
     """Return the figures of one fleet."""
-    config = make_config({"select": {"name": "smartfreeze"}, "train": {"participants": participants}})
+    config = make_config(
+        {
+            "select": {"name": "smartfreeze"},
+            "train": {"participants": participants},
+            "fleet": {"devices": devices},
+        }
+    )
     limit, seed = 2 * participants, derive_seed(0, "communities", 1)
     signatures = signatures_of(devices)
     before_mib = peak_rss_mib()
@@ -68,7 +73,7 @@ def measure(devices: int, participants: int) -> dict[str, float]:
     peak_mib = peak_rss_mib()
     figures = {
         "devices": devices,
-        "edges": graph.number_of_edges(),
+        "edges": sum(map(len, graph.values())) // 2,
         "communities": len(parts),
         "parts": sum(map(len, parts)),
         "graph_s": after_graph - begin,
@@ -149,7 +154,7 @@ def main() -> int:
         rows.append(json.loads(done.stdout))
     versions = (
         f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
-        f"networkx {nx.__version__}; {platform.machine()}; {options.participants} participants."
+        f"{platform.machine()}; {options.participants} participants."
     )
     text = f"{table(rows)}\n\n{versions}\n"
     print(text)

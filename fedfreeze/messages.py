@@ -58,23 +58,41 @@ class RoundPlan:
 
 
 @dataclass(frozen=True)
+class AskedGroup:
+    """Devices that one rank asks, by one forward pass where it can; who they are does not depend on the ranks."""
+
+    rank: int
+    devices: tuple[int, ...]
+    cap_bytes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
 class ProbePlan:
     """Which devices are asked for their loss and signature before a round, and which rank emulates each."""
 
     round: int
     stage: int
-    assignments: tuple[Assignment, ...]
+    groups: tuple[AskedGroup, ...]
+    """In the order of the devices' numbers, which ascend in each and from each to the next."""
     signature_size: int
     """Numbers of a signature at most; 0: losses alone."""
 
+    @property
+    def devices(self) -> list[int]:
+        """The devices, ascending."""
+        return [device for group in self.groups for device in group.devices]
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return asdict(self)
+        # not asdict, which takes a tenth of a second for 10,000 devices
+        groups = [[group.rank, list(group.devices), list(group.cap_bytes)] for group in self.groups]
+        return {"round": self.round, "stage": self.stage, "groups": groups, "signature_size": self.signature_size}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ProbePlan":
         """Rebuild a plan."""
-        return cls(**{**values, "assignments": tuple(Assignment(**a) for a in values["assignments"])})
+        groups = tuple(AskedGroup(rank, tuple(devices), tuple(caps)) for rank, devices, caps in values["groups"])
+        return cls(**{**values, "groups": groups})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfreeze.messages import Assignment, DeviceReport, LeftOut, ProbePlan, RoundPlan, Verdict
+from fedfreeze.messages import AskedGroup, Assignment, DeviceReport, LeftOut, ProbePlan, RoundPlan, Verdict
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 ASSIGNMENTS = st.lists(
@@ -51,10 +51,15 @@ def test_every_device_of_a_plan_is_emulated_by_exactly_one_rank(plan):
     assert sorted(map(repr, emulated)) == sorted(map(repr, plan.assignments))
 
 
-@given(ASSIGNMENTS, st.integers(0, 10**6))
+@given(st.lists(st.lists(ASSIGNMENTS, max_size=3).map(lambda found: sum(found, ())), max_size=5), st.integers(0, 10**6))
 @settings(max_examples=20, deadline=None)
-def test_a_plan_of_questions_survives_json(assignments, size):
-    plan = ProbePlan(3, 1, assignments, size)
+def test_a_plan_of_questions_survives_json(groups, size):
+    asked = tuple(
+        AskedGroup(rank, tuple(a.device for a in group), tuple(a.cap_bytes for a in group))
+        for rank, group in enumerate(groups)
+    )
+    plan = ProbePlan(3, 1, asked, size)
+    assert plan.devices == [assignment.device for group in groups for assignment in group]
     assert ProbePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 

@@ -1,6 +1,6 @@
 """A rank's emulator: trains the devices assigned to it, one after the other, each under its own cap."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,10 +10,11 @@ import torch
 from fedfreeze.config.schema import Config
 from fedfreeze.data.batches import drawn_batches, plain_batches, training_batches
 from fedfreeze.data.store import Data
+from fedfreeze.device.asking import Asker, samples_stay_apart
 from fedfreeze.device.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
 from fedfreeze.device.evaluation import count_correct, evaluated_rows
 from fedfreeze.device.features import FeatureBatch, FrozenFeatures, draws_of, why_not_kept
-from fedfreeze.device.probe import LOSSES, Probe
+from fedfreeze.device.probe import Probe
 from fedfreeze.errors import ConfigError
 from fedfreeze.messages import Assignment, DeviceReport, ProbePlan, RoundPlan
 from fedfreeze.methods import Method
@@ -45,6 +46,8 @@ class Emulator:
         self.device = device
         self.cap = make_cap(device)
         self.in_stage = False
+        self.peaks_asked: dict[Hashable, int] = {}
+        """Bytes that a device's answer needs, of the kinds counted before."""
         self.asks = selector_class(config).probing
         """Whether the participant selector may ask devices before a round; every rank must know."""
         self.stage: Stage
@@ -177,36 +180,36 @@ class Emulator:
     def ask(self, plan: ProbePlan, rank: int) -> torch.Tensor:
         """Ask this rank's devices; return a row for each device of the plan, zero for those of other ranks.
 
-        A row is 1 (it answered), mean loss, mean squared loss, signature; float32, on the host. Where the stage has
-        sub-models all answer with the smallest, which all of them hold.
+        See Asker.ask. Where the stage has sub-models all answer with the smallest, which all of them hold.
         """
         if self.method.counted:
             self.enter_level(0)
         probe = Probe(self.part, self.cap, self.data.num_classes, plan.signature_size, self.config.seed)
-        table = torch.zeros(len(plan.assignments), 1 + LOSSES + probe.numbers)
-        for row, assignment in enumerate(plan.assignments):
-            samples = self.parts[assignment.device]
-            if assignment.rank == rank and len(samples):
-                self.check()
-                answer = self._answer(probe, plan, assignment.device, assignment.cap_bytes, samples)
-                if answer is not None:
-                    table[row, 0] = 1
-                    table[row, 1:] = torch.from_numpy(answer)
-        return table
 
-    def _answer(
-        self, probe: Probe, plan: ProbePlan, device: int, cap_bytes: int | None, rows: np.ndarray
-    ) -> np.ndarray | None:
-        """Return what one device tells; None if it has no memory for that, or its loss is not a number."""
-        start, _ = self._start_of(0, plan.round, rows)
-        self.part.flat.load(start)
-        batches = plain_batches(self.data, rows, self.config.train.batch_size, self.device)
-        try:
-            with self.cap.device(cap_bytes) as memory:
-                answer = probe.ask(memory, ("asked", plan.stage, self.level, plan.signature_size), batches)
-        except DeviceOutOfMemoryError:
-            return None
-        return answer if np.isfinite(answer).all() else None
+        def begin(rows: np.ndarray) -> None:
+            self.part.flat.load(self._start_of(0, plan.round, rows)[0])
+
+        asker = Asker(
+            probe,
+            self.cap,
+            self.data,
+            self.parts,
+            self.device,
+            batch_size=self.config.train.batch_size,
+            kind=("asked", plan.stage, self.level, plan.signature_size),
+            peaks=self.peaks_asked,
+            begin=begin,
+            check=self.check,
+        )
+        return asker.ask(plan, rank, together=self._asks_together())
+
+    def _asks_together(self) -> bool:
+        """Whether devices are alike but for their samples, and their caps a matter of counting."""
+        alike = not self.method.counted and type(self.part).begin_device is Stage.begin_device
+        if not alike or not self.cap.counts_enforce:
+            return False
+        self.part.flat.load(self.values)
+        return samples_stay_apart(self.part, self.data, self.device)
 
     def _train_locally(
         self, assignment: Assignment, plan: RoundPlan, rows: np.ndarray, start: torch.Tensor

@@ -27,6 +27,11 @@ class Sketch:
         """Map (elements,) to (size,)."""
         return torch.zeros(self.size, dtype=gradient.dtype).index_add_(0, self.buckets, gradient * self.signs)
 
+    def of_rows(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Map (devices, elements) to (devices, size)."""
+        sketched = torch.zeros(self.size, len(gradients), dtype=gradients.dtype)
+        return sketched.index_add_(0, self.buckets, (gradients * self.signs).T.contiguous()).T
+
 
 def make_sketch(elements: int, size: int, seed: int) -> Sketch | None:
     """Return the sketch to `size` numbers that every device uses; None where the gradient is no larger."""
@@ -77,6 +82,35 @@ class Probe:
             return row.numpy()
         flat = (gradient / max(1, seen)).flatten().cpu()
         return torch.cat([row, flat if self.sketch is None else self.sketch(flat)]).numpy()
+
+    @torch.no_grad()
+    def ask_together(self, images: torch.Tensor, labels: torch.Tensor, sizes: list[int]) -> np.ndarray:
+        """Return what `ask` does for several devices, (devices, numbers), by one forward pass.
+
+        `images`, `labels`: their samples, one device after the other; `sizes`: how many each has, over 0. It counts no
+        memory: that is for whoever asks to see to.
+        """
+        self.stage.eval()
+        inputs: list[torch.Tensor] = []
+        hook = self.classifier.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        try:
+            logits = self.stage(images)
+        finally:
+            hook.remove()
+        losses = functional.cross_entropy(logits, labels, reduction="none").double()
+        samples = torch.tensor(sizes, device=labels.device)
+        device_of = torch.arange(len(sizes), device=labels.device).repeat_interleave(samples)
+        sums = losses.new_zeros(len(sizes), LOSSES).index_add_(0, device_of, torch.stack([losses, losses.square()], 1))
+        row = (sums / samples[:, None]).to(torch.float32).cpu()
+        if not self.numbers:
+            return row.numpy()
+        error = torch.softmax(logits, 1)
+        error[torch.arange(len(labels), device=labels.device), labels] -= 1
+        with_bias = torch.cat([inputs[-1], torch.ones_like(inputs[-1][:, :1])], 1)
+        each = zip(error.split(sizes), with_bias.split(sizes), strict=True)
+        gradients = torch.stack([(part.T @ features).flatten() for part, features in each]) / samples[:, None]
+        flat = gradients.cpu()
+        return torch.cat([row, flat if self.sketch is None else self.sketch.of_rows(flat)], 1).numpy()
 
     def _held(self, images: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
         return [*self.stage.held_tensors(), images, labels, gradient]

@@ -34,6 +34,7 @@ from fedfreeze.network.blocks import build_network
 from fedfreeze.network.flat import named_once
 from fedfreeze.plugins import code_digests, own_code
 from fedfreeze.run.history import History
+from fedfreeze.run.parts import RoundParts
 from fedfreeze.run.preempt import Preemption
 from fedfreeze.run.reporter import Reporter
 from fedfreeze.run.round import RoundResult, run_round
@@ -146,9 +147,11 @@ class Experiment:
         if not ended:
             self.emulator.enter_stage(stage)
         told: dict[str, Any] = self.ranks.decide(lambda: {"stop": self.preemption.reason_to_stop(), "save": False})
+        writing = RoundParts()
         while not ended:
             if told["stop"] is not None:
                 raise PreemptedError(told["stop"])
+            writing.end("write")
             started = time.monotonic()
             self.preemption.round_begins()
             try:
@@ -156,8 +159,9 @@ class Experiment:
             except PreemptedError:
                 self._save_finished_rounds()
                 raise
+            parts, writing = result.parts.before(writing), RoundParts()
             # rank 0 writes; if it cannot, every rank leaves with the same error
-            told = self.ranks.decide(partial(self._record, result, started))
+            told = self.ranks.decide(partial(self._record, result, started, parts))
             verdict = result.verdict
             if verdict.end_stage is not None:
                 self._note_cache()
@@ -317,11 +321,11 @@ class Experiment:
         """On rank 0 alone: whether the run shall leave or save now, for all ranks."""
         return {"stop": self.preemption.reason_to_stop(), "save": self.folder.asked_to_save()}
 
-    def _record(self, result: RoundResult, started: float) -> dict[str, Any]:
+    def _record(self, result: RoundResult, started: float, parts: RoundParts) -> dict[str, Any]:
         assert self.coordinator is not None
         assert self.history is not None
         wall_s = time.monotonic() - started
-        record = self.history.round_end(self.coordinator, result, wall_s)
+        record = self.history.round_end(self.coordinator, result, wall_s, parts)
         self.reporter.round_end(record)
         if result.verdict.end_stage is not None:
             stage_record = self.history.stage_end(self.coordinator, result.verdict.end_stage)

@@ -19,6 +19,7 @@ from fedfreeze.config.schema import Config
 from fedfreeze.data.store import Data
 from fedfreeze.device.cap import enforcer_name
 from fedfreeze.errors import ExitCode, FedfreezeError, PreemptedError, one_line
+from fedfreeze.run.parts import RoundParts
 from fedfreeze.run.round import RoundResult
 from fedfreeze.server.coordinator import Coordinator, train_loss
 from fedfreeze.storage.run_folder import RunFolder
@@ -100,7 +101,9 @@ class History:
         self.folder.write_summary(self._summary(coordinator, "running", None))
         self.tracker.start(public_facts(self.facts), coordinator.round)
 
-    def round_end(self, coordinator: Coordinator, result: RoundResult, wall_s: float) -> dict[str, Any]:
+    def round_end(
+        self, coordinator: Coordinator, result: RoundResult, wall_s: float, parts: RoundParts
+    ) -> dict[str, Any]:
         """Note a round and return its record."""
         plan, verdict = result.plan, result.verdict
         if result.accuracy is not None:
@@ -138,6 +141,8 @@ class History:
             "emulated_s": clock.emulated_s,
             "probe_s": clock.probe_s,
             "wall_s": wall_s,
+            "parts_s": rounded(parts.wall_s),
+            "parts_processor_s": rounded(parts.processor_s),
         }
         self.folder.append_metrics(record)
         self.tracker.log_round(record)
@@ -259,6 +264,11 @@ class History:
         self.wall_before_s = state["wall_s"]
         self.tracker.load_state_dict(state["tracker"])
         self.started = time.monotonic()
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """Return seconds of the parts of a round, to microseconds."""
+    return {part: round(taken, 6) for part, taken in seconds.items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -9,6 +9,7 @@ import torch
 from fedfreeze.comm.ranks import Ranks
 from fedfreeze.device.emulator import Emulator
 from fedfreeze.messages import DeviceReport, ProbePlan, RoundPlan, Verdict
+from fedfreeze.run.parts import RoundParts
 from fedfreeze.select import Probes
 from fedfreeze.server.coordinator import Coordinator
 from fedfreeze.server.pace import PerturbationWindow
@@ -16,7 +17,7 @@ from fedfreeze.server.pace import PerturbationWindow
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round came to; the same on every rank."""
+    """What a round came to; the same on every rank, but for its times."""
 
     plan: RoundPlan
     reports: tuple[DeviceReport, ...]
@@ -27,33 +28,44 @@ class RoundResult:
     """On `eval.samples` of them, if that was asked for and the other was not."""
     elements_reduced: int
     """Elements that the all-reduce carried: active block + output module, the table not counted."""
+    parts: RoundParts
+    """Where this rank's seconds went; of all here, this alone differs from rank to rank."""
 
 
 def run_round(
     ranks: Ranks, coordinator: Coordinator | None, window: PerturbationWindow, emulator: Emulator
 ) -> RoundResult:
     """Collective: every rank must call this. One federated round of the current stage; rank 0 has the coordinator."""
+    parts = RoundParts()
     # participant selector: it may ask devices first; rank 0 decides, everyone knows
     if emulator.asks:
         ask_devices(ranks, coordinator, emulator)
+    parts.end("ask")
     plan = RoundPlan.from_json(ranks.decide(lambda: plan_of(coordinator, begin=not emulator.asks)))
+    parts.end("plan")
+
     # local training: each device in turn under its own memory cap; one that fails adds nothing
     update = emulator.empty_update(plan)
     mine = [emulator.train(assignment, plan, update) for assignment in plan.devices_of(ranks.rank)]
+    parts.end("train")
 
     # aggregation: active block + output module, once
     reports = gather_reports(ranks, plan, mine)
+    parts.end("wait")  # for the rank with most to do
     summed = update.tensors(over=any(report.large_statistics for report in reports))
     for tensor in summed:
         ranks.all_reduce(tensor)
     weight_sum = sum(emulator.method.weight(report.samples) for report in reports if report.failed is None)
     change = emulator.apply(update, weight_sum)
+    parts.end("sum")
 
     # pace controller: block perturbation over what the stage freezes, then the verdict
     verdict = Verdict(**ranks.decide(lambda: judge(coordinator, window, emulator, plan, reports, change)))
+    parts.end("judge")
     accuracy = evaluate(ranks, emulator) if verdict.evaluate else None
     sampled = evaluate(ranks, emulator, sampled=True) if verdict.evaluate_sampled else None
-    return RoundResult(plan, reports, verdict, accuracy, sampled, sum(len(tensor) for tensor in summed))
+    parts.end("evaluate")
+    return RoundResult(plan, reports, verdict, accuracy, sampled, sum(len(tensor) for tensor in summed), parts)
 
 
 def plan_of(coordinator: Coordinator | None, *, begin: bool) -> dict[str, Any]:
@@ -88,7 +100,7 @@ def tell(coordinator: Coordinator | None, plan: ProbePlan, table: torch.Tensor) 
     assert coordinator is not None
     answered = table[:, 0] > 0
     rows = table[answered].numpy()
-    devices = np.array([a.device for a in plan.assignments], dtype=np.int64)[answered.numpy()]
+    devices = np.array(plan.devices, dtype=np.int64)[answered.numpy()]
     loss, squared_loss = rows[:, 1].astype(np.float64), rows[:, 2].astype(np.float64)
     coordinator.learn(Probes(devices, loss, squared_loss, rows[:, 3:]))
 

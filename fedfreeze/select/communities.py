@@ -4,15 +4,16 @@ The paper has a community-detection step (RL-CD) in its participant selector [pa
 of this is an engineering reconstruction [ours].
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import networkx as nx  # type: ignore[import-untyped]
 import numpy as np
 import torch
 
 from fedfreeze.compute import torch_threads
 from fedfreeze.seeds import derive_seed
+from fedfreeze.select.louvain import Adjacency, louvain_communities
 
 BLOCK_ROWS = 256
 """Rows of the cosine matrix that exist at a time: BLOCK_ROWS x n numbers, never n x n."""
@@ -70,7 +71,7 @@ def nearest_neighbours(
     return rows, cosines
 
 
-def neighbour_graph(vectors: np.ndarray, neighbours: int) -> nx.Graph:
+def neighbour_graph(vectors: np.ndarray, neighbours: int) -> Adjacency:
     """Return the graph of unit vectors (n, d): an edge where one is among the other's nearest, weight: cosine > 0.
 
     Sparse, as the modularity of a dense graph of cosines is near zero whatever its groups; without negative edges, as
@@ -78,29 +79,32 @@ def neighbour_graph(vectors: np.ndarray, neighbours: int) -> nx.Graph:
     otherwise reach into others, and Louvain joins small groups over the weakest edge (its resolution limit). [ours]
     """
     rows, cosines = nearest_neighbours(vectors, neighbours)
-    graph = nx.Graph()
-    graph.add_nodes_from(range(len(vectors)))
-    for node, (others, weights) in enumerate(zip(rows.tolist(), cosines.tolist(), strict=True)):
-        least = NEAR * weights[0] if weights else 0.0
-        # the two ends may have found each other in different blocks, whose last bits differ: the first one counts
-        graph.add_weighted_edges_from(
-            (node, other, weight)
-            for other, weight in zip(others, weights, strict=True)
-            if weight > 0 and weight >= least and not graph.has_edge(node, other)
-        )
-    return graph
+    n, k = rows.shape
+    told = (cosines > 0) & (cosines >= NEAR * cosines[:, :1])
+    one, two, weights = np.repeat(np.arange(n), k)[told.ravel()], rows[told], cosines[told]
+    # the two ends may have found each other in different blocks, whose last bits differ: the first one counts
+    _, first = np.unique(np.minimum(one, two) * n + np.maximum(one, two), return_index=True)
+    one, two, weights = one[first], two[first], weights[first]
+    begins, ends = np.concatenate([one, two]), np.concatenate([two, one])
+    order = np.lexsort([ends, begins])
+    borders = np.searchsorted(begins[order], np.arange(n + 1)).tolist()
+    others, values = ends[order].tolist(), np.concatenate([weights, weights])[order].tolist()
+    return {
+        node: dict(zip(others[begin:end], values[begin:end], strict=True))
+        for node, (begin, end) in enumerate(itertools.pairwise(borders))
+    }
 
 
-def louvain(graph: nx.Graph, seed: int) -> list[list[int]]:
+def louvain(graph: Adjacency, seed: int) -> list[list[int]]:
     """Return the communities of a graph with whole numbers as nodes (Louvain, Blondel et al., 2008), in order.
 
     Nodes without an edge, which Louvain leaves alone one by one, are one community together: they have in common that
     nothing tells them from the average device. [ours]
     """
-    alone = sorted(node for node, degree in graph.degree() if degree == 0)
-    linked = graph if not alone else graph.subgraph(sorted(set(graph) - set(alone))).copy()
-    found = nx.community.louvain_communities(linked, weight="weight", seed=seed) if linked.number_of_edges() else []
-    return _ordered([*(list(community) for community in found), *([alone] if alone else [])])
+    alone = sorted(node for node, edges in graph.items() if not edges)
+    linked = {node: edges for node, edges in graph.items() if edges}
+    found = louvain_communities(linked, seed) if linked else []
+    return _ordered([*found, *([alone] if alone else [])])
 
 
 def merge_alike(communities: Sequence[Sequence[int]], vectors: np.ndarray) -> list[list[int]]:
@@ -127,7 +131,7 @@ def merge_alike(communities: Sequence[Sequence[int]], vectors: np.ndarray) -> li
     return _ordered(merged)
 
 
-def split_large(graph: nx.Graph, community: Sequence[int], limit: int, seed: int) -> list[list[int]]:
+def split_large(graph: Adjacency, community: Sequence[int], limit: int, seed: int) -> list[list[int]]:
     """Split a community of more than `limit` nodes by Louvain on its own edges, and its parts likewise.
 
     A part that Louvain does not split stays whole, however large: its devices are alike, so any cut through it would be
@@ -135,9 +139,10 @@ def split_large(graph: nx.Graph, community: Sequence[int], limit: int, seed: int
     """
     if len(community) <= limit:
         return [sorted(community)]
-    inner = nx.Graph()
-    inner.add_nodes_from(sorted(community))
-    inner.add_weighted_edges_from(sorted(graph.subgraph(community).edges(data="weight", default=1)))
+    members = set(community)
+    inner = {
+        node: {other: weight for other, weight in graph[node].items() if other in members} for node in sorted(community)
+    }
     parts = louvain(inner, seed)
     if len(parts) == 1:
         return parts

@@ -16,6 +16,7 @@ from fedfreeze.messages import Assignment, DeviceReport, LeftOut, ProbePlan, Rou
 from fedfreeze.methods.aggregate import device_weight, fraction_bits
 from fedfreeze.plugins import is_own, own_code
 from fedfreeze.select import Probes, Situation, make_selector
+from fedfreeze.server.asking import groups_to_ask
 from fedfreeze.server.clock import EmulatedClock
 from fedfreeze.server.pace import PaceDecision, StageRound, make_policy
 from fedfreeze.units import MIB
@@ -176,7 +177,14 @@ class Coordinator:
         if request is None or not request.devices:
             return None
         devices = self.clock.probe(sorted(request.devices), LOSSES + request.signature_size)
-        return ProbePlan(self.round, self.stage, self._assign(devices), request.signature_size)
+        groups = groups_to_ask(
+            devices,
+            self.samples,
+            self.fleet.memory_cap_bytes,
+            most_samples=self.config.eval.batch_size,  # a forward pass of as many is made in any case
+            world_size=self.world_size,
+        )
+        return ProbePlan(self.round, self.stage, groups, request.signature_size)
 
     def learn(self, probes: Probes) -> None:
         """Pass on what the devices told."""

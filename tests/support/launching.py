@@ -172,7 +172,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
 def without_wall_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records of rounds and stages, less what may differ between two runs of the same experiment."""
     return [
-        {key: value for key, value in record.items() if key != "wall_s"}
+        {key: value for key, value in record.items() if key not in ("wall_s", "parts_s", "parts_processor_s")}
         for record in records
         if record["kind"] in ("round", "stage")
     ]
