@@ -86,7 +86,6 @@ TESTED_IN = {
     "run/session.py": ("run/test_interrupts.py", "comm/test_lost_ranks.py"),
     "select/base.py": ("select/test_every_selector.py",),
     "select/dealing.py": ("select/test_smartfreeze.py",),
-    "select/louvain.py": ("select/test_communities.py",),
     "select/uniform.py": ("select/test_every_selector.py",),
     "storage/files.py": ("storage/test_run_folder.py", "compare/test_bad_runs.py"),
     "storage/lock.py": ("storage/test_run_folder.py", "data/test_store.py"),

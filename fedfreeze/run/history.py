@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,7 @@ class History:
             "emulated_s": clock.emulated_s,
             "probe_s": clock.probe_s,
             "wall_s": wall_s,
+            "imbalance": imbalance(result.train_s),
             "parts_s": rounded(parts.wall_s),
             "parts_processor_s": rounded(parts.processor_s),
         }
@@ -264,6 +265,12 @@ class History:
         self.wall_before_s = state["wall_s"]
         self.tracker.load_state_dict(state["tracker"])
         self.started = time.monotonic()
+
+
+def imbalance(train_s: Sequence[float]) -> float:
+    """Return the busiest rank's seconds over the mean of all: 1 where none waits for another."""
+    mean = sum(train_s) / len(train_s)
+    return round(max(train_s) / mean, 3) if mean else 1.0
 
 
 def rounded(seconds: dict[str, float]) -> dict[str, float]:
