@@ -38,7 +38,6 @@ MODEL_FILES = ("resnet", "vgg", "vit")
 # Modules whose tests are not in tests/ROOM/test_MODULE*.py: what tests them instead.
 TESTED_IN = {
     "__main__.py": ("test_cli.py",),
-    "compute.py": ("test_cli.py", "comm/test_ranks.py"),
     "errors.py": ("test_cli.py", "test_bad_inputs.py"),
     "units.py": ("plan/test_cut.py", "device/test_cost.py"),
     **{f"{room}/command.py": ("test_cli.py",) for room in ("run", "plan", "data", "doctor", "compare", "track")},
