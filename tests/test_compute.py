@@ -1,4 +1,4 @@
-"""On what is computed: GPUs that are missing or cannot be used after a fork, and determinism. By fakes, without a GPU."""
+"""On what is computed: GPUs that are missing or cannot be used after a fork; determinism. By fakes, without a GPU."""
 
 import os
 import subprocess

@@ -158,7 +158,9 @@ class Experiment:
             if verdict.checkpoint or told["save"] or told["stop"] is not None:
                 self.ranks.decide(self._checkpoint)
             elif self.ranks.is_root:
-                self._unsaved = Unsaved(self._state(), self.emulator.values, list(self.window.updates))
+                # a GPU's values are overwritten in the next round, those of a CPU are not
+                values = self.emulator.values.cpu()
+                self._unsaved = Unsaved(self._state(), values, list(self.window.updates))
             self.preemption.round_ends()
             ended = verdict.stop
         self.ranks.decide(lambda: self._finish(stage))

@@ -36,7 +36,7 @@ def run_round(
     plan = RoundPlan.from_json(ranks.decide(lambda: plan_of(coordinator, begin=not emulator.asks)))
     # local training: each device in turn under its own memory cap; one that fails adds nothing
     update = emulator.empty_update(plan)
-    mine = [emulator.train(assignment, plan, update) for assignment in plan.devices_of(ranks.rank)]
+    mine = emulator.train(plan.devices_of(ranks.rank), plan, update)
 
     # aggregation: active block + output module, once
     reports = gather_reports(ranks, plan, mine)
