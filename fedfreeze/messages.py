@@ -112,6 +112,9 @@ class Verdict:
     stop: bool
     """No further round: training ended, or the round limit is reached."""
     evaluate: bool
+    """On all the test data."""
+    evaluate_sampled: bool
+    """On `eval.samples` of them."""
     checkpoint: bool
     perturbation: float | None = None
     slope: float | None = None

@@ -338,8 +338,10 @@ class CacheConfig:
 class EvalConfig:
     """How the network is judged on the test data."""
 
-    every_rounds: Positive = 1
-    """Rounds between two evaluations; the last round of a stage is always evaluated."""
+    every_rounds: Positive = 5
+    """Rounds between two evaluations on all the test data; the last round of a stage always has one."""
+    samples: Positive | None = None
+    """Test samples, drawn once by the seed, on which the other rounds are evaluated; none: they are not."""
     batch_size: Positive = 256
     """Samples a batch; evaluation is the server's work and runs outside the caps."""
 

@@ -147,11 +147,11 @@ def _moved(images: torch.Tensor, augment: str, moves: torch.Tensor) -> torch.Ten
 
 
 def evaluation_batch(
-    data: Data, split: Split, start: int, size: int, device: torch.device
+    data: Data, split: Split, rows: np.ndarray, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the normalised samples `start` to `start + size` of a split."""
-    pixels = torch.from_numpy(np.array(split.images[start : start + size])).to(device)
-    return plain_images(data, pixels), torch.from_numpy(split.labels[start : start + size]).to(device)
+    """Return some samples of a split: normalised images and labels."""
+    pixels = torch.from_numpy(np.array(split.images[rows])).to(device)
+    return plain_images(data, pixels), torch.from_numpy(split.labels[rows]).to(device)
 
 
 def plain_batches(
@@ -159,6 +159,4 @@ def plain_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield normalised images and labels of some training samples, in order, without augmentation."""
     for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
-        pixels = torch.from_numpy(np.array(data.train.images[chosen])).to(device)
-        yield plain_images(data, pixels), torch.from_numpy(data.train.labels[chosen]).to(device)
+        yield evaluation_batch(data, data.train, rows[start : start + batch_size], device)

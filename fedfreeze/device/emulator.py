@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from fedfreeze.config.schema import Config
-from fedfreeze.data.batches import evaluation_batch, plain_batches, training_batches
+from fedfreeze.data.batches import plain_batches, training_batches
 from fedfreeze.data.store import Data
 from fedfreeze.device.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
+from fedfreeze.device.evaluation import count_correct, evaluated_rows
 from fedfreeze.device.features import FeatureBatch, FrozenFeatures, can_be_kept
 from fedfreeze.device.late import LateReport, Outcome, sum_late, told_later
 from fedfreeze.device.on_gpu import Held, held_for, warm_up
@@ -327,26 +328,21 @@ class Emulator:
             self.method.take_statistics(self.stage, (images for images, _ in batches))
             self.values = self._mine("values", self.stage.flat.values().clone())
 
-    def count_correct(self, rank: int, world_size: int) -> int:
-        """Return how many test samples of this rank's batches the global network gets right.
+    def count_correct(self, rank: int, world_size: int, *, sampled: bool = False) -> tuple[int, int]:
+        """Return how many test samples of this rank's batches the global network gets right, and of how many in all.
 
-        Batches are cut the same way for any number of ranks, so their numbers do not depend on it. This is the
-        server's work: it runs outside the caps.
+        `sampled`: of the `eval.samples` alone.
         """
         self._take_statistics()
-        self.stage.eval()
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        size = self.config.eval.batch_size
-        with torch.inference_mode():
-            for batch in range(rank, -(-len(self.data.test) // size), world_size):
-                self.check()
-                correct += self._correct_of(batch * size, size)
-        return int(correct)
-
-    def _correct_of(self, start: int, size: int) -> torch.Tensor:
-        """Return how many of some test samples the network gets right, still on the device."""
-        if self.features is None:
-            images, labels = evaluation_batch(self.data, self.data.test, start, size, self.device)
-            return (self.stage(images).argmax(1) == labels).sum()
-        labels = torch.from_numpy(self.data.test.labels[start : start + size]).to(self.device)
-        return (self.stage.behind(self.features.of_test(start, size)).argmax(1) == labels).sum()
+        rows = evaluated_rows(self.config, len(self.data.test), sampled=sampled)
+        correct = count_correct(
+            self.stage,
+            self.data,
+            rows,
+            self.config.eval.batch_size,
+            rank=rank,
+            world_size=world_size,
+            features=self.features,
+            check=self.check,
+        )
+        return correct, len(rows)

@@ -96,7 +96,7 @@ class FrozenFeatures:
         self.budget_bytes = int(config.cache.budget_mib * MIB)
         self.used_bytes = 0
         self._kept: dict[int, _Kept] = {}
-        self._test: dict[int, torch.Tensor] = {}
+        self._test: dict[bytes, torch.Tensor] = {}
 
     def batches(self, device: int, round_number: int) -> Iterator[FeatureBatch]:
         """Yield a device's training batches; draws are those that training without kept features makes."""
@@ -123,17 +123,18 @@ class FrozenFeatures:
         """Return views of some pixels on the host as normalised images on the device."""
         return plain_images(self.data, flipped(pixels.to(self.device), views.to(self.device)))
 
-    def of_test(self, start: int, size: int) -> torch.Tensor:
-        """Return the features of some test samples, on the device; the same batches each time."""
-        known = self._test.get(start)
+    def of_test(self, rows: np.ndarray) -> torch.Tensor:
+        """Return the features of some test samples, on the device; those of a batch that comes again are kept."""
+        key = rows.tobytes()
+        known = self._test.get(key)
         if known is None:
-            images, _ = evaluation_batch(self.data, self.data.test, start, size, self.device)
+            images, _ = evaluation_batch(self.data, self.data.test, rows, self.device)
             found = self.stage.frozen_forward(images)
             needed = found.numel() * FLOAT_BYTES
             if self.used_bytes + needed > self.budget_bytes:
                 return found
             self.used_bytes += needed
-            known = self._test[start] = found.to("cpu", copy=True)
+            known = self._test[key] = found.to("cpu", copy=True)
         return known.to(self.device, copy=True)  # a block may begin with an operation in place
 
     def _features(self, device: int, drawn: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Kept:

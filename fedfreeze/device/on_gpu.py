@@ -98,6 +98,7 @@ def warm_up(
             trainer.step(images, labels)
         stage.eval()
         with torch.inference_mode():
-            images, _ = evaluation_batch(data, data.test, 0, config.eval.batch_size, device)
+            tested = np.arange(min(len(data.test), config.eval.batch_size))
+            images, _ = evaluation_batch(data, data.test, tested, device)
             stage(images)
     stage.train()

@@ -121,6 +121,7 @@ class History:
             "failed": {str(report.device): report.failed for report in result.reports if report.failed is not None},
             "train_loss": train_loss(result.reports),
             "accuracy": result.accuracy,
+            "accuracy_sampled": result.accuracy_sampled,
             "sparse": verdict.sparse,
             "perturbation": verdict.perturbation,
             "slope": verdict.slope,

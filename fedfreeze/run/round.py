@@ -22,6 +22,9 @@ class RoundResult:
     reports: tuple[DeviceReport, ...]
     verdict: Verdict
     accuracy: float | None
+    """On all the test data, if it was asked for."""
+    accuracy_sampled: float | None
+    """On `eval.samples` of them, if that was asked for and the other was not."""
     elements_reduced: int
     """Elements that the all-reduce carried: active block + output module, the table not counted."""
 
@@ -49,7 +52,8 @@ def run_round(
     # pace controller: block perturbation over what the stage freezes, then the verdict
     verdict = Verdict(**ranks.decide(lambda: judge(coordinator, window, emulator, plan, reports, change)))
     accuracy = evaluate(ranks, emulator) if verdict.evaluate else None
-    return RoundResult(plan, reports, verdict, accuracy, sum(len(tensor) for tensor in summed))
+    sampled = evaluate(ranks, emulator, sampled=True) if verdict.evaluate_sampled else None
+    return RoundResult(plan, reports, verdict, accuracy, sampled, sum(len(tensor) for tensor in summed))
 
 
 def plan_of(coordinator: Coordinator | None, *, begin: bool) -> dict[str, Any]:
@@ -114,8 +118,12 @@ def gather_reports(ranks: Ranks, plan: RoundPlan, mine: list[DeviceReport]) -> t
     return tuple(sorted(reports, key=lambda report: report.device))
 
 
-def evaluate(ranks: Ranks, emulator: Emulator) -> float:
-    """Collective: every rank must call this. Return the global network's accuracy on the test data, in [0, 1]."""
-    correct = torch.tensor([emulator.count_correct(ranks.rank, ranks.world_size)])
+def evaluate(ranks: Ranks, emulator: Emulator, *, sampled: bool = False) -> float:
+    """Collective: every rank must call this. Return the global network's accuracy on the test data, in [0, 1].
+
+    `sampled`: on `eval.samples` of them.
+    """
+    mine, samples = emulator.count_correct(ranks.rank, ranks.world_size, sampled=sampled)
+    correct = torch.tensor([mine])
     ranks.all_reduce(correct)
-    return int(correct) / len(emulator.data.test)
+    return int(correct) / samples

@@ -282,10 +282,12 @@ class Coordinator:
         end_stage = (decision.reason or "converged") if decision.freeze else ("round_limit" if out_of_rounds else None)
         stop = out_of_rounds or (end_stage is not None and self.stage == len(self.costs.stages) - 1)
         self.ended = stop
+        evaluate = end_stage is not None or self.round % self.config.eval.every_rounds == 0
         return Verdict(
             end_stage=end_stage,
             stop=stop,
-            evaluate=end_stage is not None or self.round % self.config.eval.every_rounds == 0,
+            evaluate=evaluate,
+            evaluate_sampled=not evaluate and self.config.eval.samples is not None,
             checkpoint=end_stage is not None or self.round % self.config.checkpoint.every_rounds == 0,
             perturbation=perturbation,
             slope=decision.slope,

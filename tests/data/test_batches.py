@@ -201,7 +201,7 @@ def test_normalised_training_images_have_zero_mean_and_unit_variance():
 
 def test_evaluation_batches_cover_the_split_in_order():
     data = make_data(test=11)
-    batches = [evaluation_batch(data, data.test, start, 4, CPU) for start in range(0, 11, 4)]
+    batches = [evaluation_batch(data, data.test, np.arange(11)[start : start + 4], CPU) for start in (0, 4, 8)]
     assert [len(labels) for _, labels in batches] == [4, 4, 3]
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(11))
     np.testing.assert_allclose(torch.cat([images for images, _ in batches]), normalised(data.test.images), atol=1e-5)
@@ -209,6 +209,6 @@ def test_evaluation_batches_cover_the_split_in_order():
 
 def test_evaluation_batch_of_the_training_split_is_of_that_split():
     data = make_data()
-    images, labels = evaluation_batch(data, data.train, 20, 50, CPU)
-    assert labels.tolist() == [20, 21, 22]
-    np.testing.assert_allclose(images, normalised(data.train.images[20:]), atol=1e-5)
+    images, labels = evaluation_batch(data, data.train, np.array([20, 22]), CPU)
+    assert labels.tolist() == [20, 22]
+    np.testing.assert_allclose(images, normalised(data.train.images[[20, 22]]), atol=1e-5)

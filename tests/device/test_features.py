@@ -118,7 +118,7 @@ def test_a_budget_is_held_and_what_is_over_it_is_calculated_anew() -> None:
                 assert torch.equal(ours.features(), theirs.features())
     assert kept.used_bytes == one <= kept.budget_bytes
     assert ample.used_bytes == 2 * one
-    assert torch.equal(kept.of_test(0, 16), ample.of_test(0, 16))
+    assert torch.equal(kept.of_test(np.arange(16)), ample.of_test(np.arange(16)))
     assert kept.used_bytes == one
 
 
@@ -180,9 +180,9 @@ def test_a_prefix_of_any_layout_gives_what_it_puts_out_or_is_not_kept(prefix: ty
             assert torch.equal(batch.features(), wanted)
             assert torch.equal(batch.counted_features(), wanted)
             assert batch.features().stride() == batch.counted_features().stride()
-        first = stage.behind(features.of_test(0, 8))  # which changes what it is given
-        assert torch.equal(stage.behind(features.of_test(0, 8)), first)
-        assert torch.equal(stage.behind(features.of_test(0, 8)), first)
+        first = stage.behind(features.of_test(np.arange(8)))  # which changes what it is given
+        assert torch.equal(stage.behind(features.of_test(np.arange(8))), first)
+        assert torch.equal(stage.behind(features.of_test(np.arange(8))), first)
 
 
 def test_what_cannot_be_kept_is_not() -> None:
@@ -222,6 +222,7 @@ RUNS: dict[str, tuple[list[str], int, int | None]] = {
     "zero": (["--cache.budget_mib=0"], 1, None),
     "two ranks, killed and resumed": ([], 2, 4),
     "three ranks": ([], 3, None),
+    "evaluated by a sample": (["--eval.every_rounds=3", "--eval.samples=50"], 2, None),
     "off, small caps": (["--cache.features=false", *SMALL_CAPS], 1, None),
     "ample, small caps": (SMALL_CAPS, 1, None),
 }
@@ -256,10 +257,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if "off" not in name and "caps" not in name])
+@pytest.mark.parametrize("name", ["exceeded", "zero", "two ranks, killed and resumed", "three ranks"])
 def test_one_sha256_whatever_is_kept(runs: dict[str, Path], name: str) -> None:
     assert sha256(runs[name]) == sha256(runs["ample"])
     assert without_wall_time(metrics(runs[name])) == without_wall_time(metrics(runs["ample"]))
+
+
+def test_rounds_between_full_evaluations_are_judged_by_a_sample(runs: dict[str, Path]) -> None:
+    sampled, full = ([r for r in metrics(runs[n]) if r["kind"] == "round"] for n in ("evaluated by a sample", "ample"))
+    assert sha256(runs["evaluated by a sample"]) == sha256(runs["ample"])
+    assert all(record["accuracy_sampled"] is None for record in full)
+    stage_of_round = [record["stage"] for record in full]
+    ends = {n for n, stage in enumerate(stage_of_round, 1) if stage_of_round[n : n + 1] != [stage]}
+    for number, (ours, theirs) in enumerate(zip(sampled, full, strict=True), 1):
+        if number % 3 == 0 or number in ends:
+            assert ours["accuracy"] == theirs["accuracy"]
+            assert ours["accuracy_sampled"] is None
+        else:
+            assert ours["accuracy"] is None
+            assert (ours["accuracy_sampled"] * 50) % 1 == pytest.approx(0, abs=1e-9)
+            assert ours["accuracy_sampled"] == pytest.approx(theirs["accuracy"], abs=0.2)
 
 
 def test_devices_are_charged_as_if_nothing_were_kept(runs: dict[str, Path]) -> None:
