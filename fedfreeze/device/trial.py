@@ -1,7 +1,7 @@
 """Every stage tried on a GPU before anything is trained: what its allocator reserves, whether its kernels repeat."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from torch import nn
 from fedfreeze.config.schema import Config, ModelConfig
 from fedfreeze.data.batches import training_batches
 from fedfreeze.data.store import Data, Split
-from fedfreeze.device.cap import MemoryCap, make_cap
+from fedfreeze.device.cap import DeviceMemory, MemoryCap, make_cap
 from fedfreeze.device.cost import Costs, StageCost, trained_stage
 from fedfreeze.device.on_gpu import held_for, warm_up
 from fedfreeze.errors import ConfigError, UnavailableError
@@ -51,7 +51,7 @@ def with_reserved(
     that it cannot hold, ConfigError for a layer that has no kernel whose result repeats.
     """
     cap = make_cap(device)
-    data = _black(config.train.batch_size, image_shape, num_classes)
+    data = black_images(config.train.batch_size, image_shape, num_classes)
     model = model_on(config, fitted, device)
     method = make_method(config, build_network(model, image_shape, num_classes, config.seed), fitted)
     found = []
@@ -75,41 +75,55 @@ def with_reserved(
     return Costs(tuple(found), full)
 
 
-def reserved_peak(stage: Stage, config: Config, data: Data, cap: MemoryCap, device: torch.device) -> int:
-    """Return the peak that a cap governs, in bytes, of a device that trains on all of some data under no cap.
+class StageTrial:
+    """A stage as the emulator holds it, and devices that train on all of some data.
 
     `cap.begin_stage` was called before the stage was made. Raises ConfigError for a layer whose kernel does not repeat.
     """
-    parts: Sequence[np.ndarray] = [np.arange(len(data.train))]
-    trainer = LocalTrainer(stage, config.train)
-    with cap.on_top(), own_code("model.factory", config.model.factory or ""), repeatable(stage, config):
-        held = held_for(stage, config, data, parts, device, counted=False)
-        values = held.put("values", stage.flat.values())
-        warm_up(stage, config, data, parts, device, held.samples)
-    with cap.device(None) as memory, global_seed(config.seed, "trial"):
-        trainer.begin(values, config.train.learning_rate)
-        for images, labels in training_batches(
-            data,
-            parts[0],
-            batch_size=config.train.batch_size,
-            epochs=1,
-            augment=config.data.augment,
-            shuffle=torch_generator(config.seed, "trial shuffle"),
-            augmentation=torch_generator(config.seed, "trial augment"),
-            device=device,
-            room=held.samples,
-        ):
-            batch = [images, labels]
-            cap.step(memory, (stage, len(images)), partial(_held, trainer, batch), partial(trainer.step, *batch))
-    stage.flat.load(values)
-    return memory.peak_bytes
+
+    def __init__(self, stage: Stage, config: Config, data: Data, cap: MemoryCap, device: torch.device):
+        self.stage, self.config, self.data, self.cap, self.device = stage, config, data, cap, device
+        self.rows = np.arange(len(data.train))
+        self.trainer = LocalTrainer(stage, config.train)
+        with cap.on_top(), own_code("model.factory", config.model.factory or ""), repeatable(stage, config):
+            self.held = held_for(stage, config, data, [self.rows], device, counted=False)
+            self.values = self.held.put("values", stage.flat.values())
+            warm_up(stage, config, data, [self.rows], device, self.held.samples)
+
+    def train(self, cap_bytes: int | None) -> DeviceMemory:
+        """Train one device and return what it needed; the values are put back. Raises DeviceOutOfMemoryError."""
+        config = self.config
+        try:
+            with self.cap.device(cap_bytes) as memory, global_seed(config.seed, "trial"):
+                self.trainer.begin(self.values, config.train.learning_rate)
+                for images, labels in training_batches(
+                    self.data,
+                    self.rows,
+                    batch_size=config.train.batch_size,
+                    epochs=1,
+                    augment=config.data.augment,
+                    shuffle=torch_generator(config.seed, "trial shuffle"),
+                    augmentation=torch_generator(config.seed, "trial augment"),
+                    device=self.device,
+                    room=self.held.samples,
+                ):
+                    step = partial(self.trainer.step, images, labels)
+                    self.cap.step(memory, (self, len(images)), partial(self._held, images, labels), step)
+        finally:
+            self.trainer.drop_gradients()
+        self.stage.flat.load(self.values)
+        return memory
+
+    def _held(self, *batch: torch.Tensor) -> list[torch.Tensor]:
+        return [*self.trainer.held_tensors(), *batch]
 
 
-def _held(trainer: LocalTrainer, batch: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [*trainer.held_tensors(), *batch]
+def reserved_peak(stage: Stage, config: Config, data: Data, cap: MemoryCap, device: torch.device) -> int:
+    """Return the peak that a cap governs, in bytes, of a device under no cap; see StageTrial."""
+    return StageTrial(stage, config, data, cap, device).train(None).peak_bytes
 
 
-def _black(batch_size: int, image_shape: ImageShape, num_classes: int) -> Data:
+def black_images(batch_size: int, image_shape: ImageShape, num_classes: int) -> Data:
     """Return black images for two batches and a half: the last of a device's is mostly smaller, which leaves gaps."""
     count = 2 * batch_size + max(2, batch_size // 2)
     split = Split(np.zeros((count, *image_shape), np.uint8), np.arange(count, dtype=np.int64) % num_classes)

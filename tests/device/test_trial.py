@@ -145,7 +145,7 @@ def test_a_trial_names_the_layer_too_and_leaves_no_hooks() -> None:
     cap = trial.make_cap(CPU)
     cap.begin_stage()
     with pytest.raises(ConfigError, match=r"NoKernel \(active\.1\)"):
-        reserved_peak(stage, config_of(), trial._black(8, SHAPE, 10), cap, CPU)
+        reserved_peak(stage, config_of(), trial.black_images(8, SHAPE, 10), cap, CPU)
 
 
 def test_a_gpu_that_cannot_hold_a_stage_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
