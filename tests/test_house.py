@@ -244,7 +244,7 @@ def test_the_citation_names_this_version_and_the_paper() -> None:
 
 
 def test_scripts_are_executable_and_parse() -> None:
-    for script in ("launch/quickstart.sh", "launch/environment.sh", "tests/run.sh", ".ci/run"):
+    for script in ("launch/quickstart.sh", "launch/environment.sh", "tests/run.sh", ".ci/run", "benchmarks/gpu.sh"):
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
     for script in ("launch/quickstart.sh", "tests/run.sh", ".ci/run"):
         assert (ROOT / script).stat().st_mode & 0o111
