@@ -49,6 +49,7 @@ class CudaFractionCap(MemoryCap):
     @contextmanager
     def on_top(self) -> Iterator[None]:
         """See MemoryCap."""
+        gc.collect()  # what goes inside must have gone before
         before = torch.cuda.memory_allocated(self.cuda_device)
         yield
         gc.collect()
@@ -81,6 +82,8 @@ class CudaFractionCap(MemoryCap):
             if held > cap_bytes:
                 self._limit(None)
                 raise DeviceOutOfMemoryError("load", held, cap_bytes)
+        # counted anew, as tensors live a moment longer where they are: a peak must not depend on who came before
+        counted, self._known_peaks = self._known_peaks, {}
         try:
             yield memory
         except DeviceOutOfMemoryError:
@@ -94,6 +97,7 @@ class CudaFractionCap(MemoryCap):
             if kind is not None:
                 self._fitted[(kind, cap_bytes)] = self._peak()
         finally:
+            self._known_peaks = counted | self._known_peaks
             torch.cuda.synchronize(self.cuda_device)
             memory.peak_bytes = self._peak()
             self._limit(None)

@@ -114,6 +114,23 @@ def test_a_device_seen_before_under_its_cap_asks_nothing_of_the_gpu(gpu: FakeGpu
         gpu.calls.clear()
 
 
+def test_a_device_that_is_measured_is_counted_whoever_came_before(gpu: FakeGpu) -> None:
+    """Its steps must run the same way on any rank, or reserved bytes could differ."""
+    cap = CudaFractionCap(GPU)
+    cap.begin_stage()
+    ways: list[str] = []
+
+    def run(kind: str) -> None:
+        with cap.device(40 * MIB, kind) as memory:
+            for _ in range(2):
+                cap.step(memory, "step", list, lambda: ways.append("counted"), lambda: ways.append("not"))
+
+    run("one")
+    run("another")  # with steps that were counted before
+    run("one")  # runs without limit
+    assert ways == ["counted", "not", "counted", "not", "not", "not"]
+
+
 def test_one_that_failed_is_held_to_its_cap_again_and_a_new_stage_forgets_all(gpu: FakeGpu) -> None:
     cap = CudaFractionCap(GPU)
     cap.begin_stage()
