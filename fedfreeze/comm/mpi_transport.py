@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedfreeze.comm.launcher import Launch
+from fedfreeze.comm.torch_transport import host_copy
 from fedfreeze.errors import ConfigError, UnavailableError, one_line
 
 
@@ -102,14 +103,19 @@ class MpiTransport:
         return MpiPending(self, lambda: self.world.Ibcast(raw, 0))
 
     def all_reduce(self, tensor: torch.Tensor) -> "MpiPending":
-        """Collective: every rank must call this. Begin to sum a host tensor over the ranks, in place."""
+        """Collective: every rank must call this. Begin to sum a tensor over the ranks, in place.
+
+        One on the GPU goes as it is with `comm.cuda_aware_mpi`, else through pinned memory.
+        """
+        if tensor.device.type == "cpu":
+            return MpiPending(self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, tensor.numpy()))
         if self.by_gpu:
-            carried = tensor.to(self.device)
-            torch.cuda.synchronize(self.device)
-            return MpiPending(
-                self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, carried), lambda: tensor.copy_(carried)
-            )
-        return MpiPending(self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, tensor.numpy()))
+            torch.cuda.synchronize(self.device)  # MPI knows nothing of streams
+            return MpiPending(self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, tensor))
+        host = host_copy(tensor)
+        return MpiPending(
+            self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, host.numpy()), lambda: tensor.copy_(host)
+        )
 
     def all_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> "MpiPending":
         """Collective: every rank must call this. Begin to gather host tensors (length) into (world size, length)."""
@@ -118,6 +124,10 @@ class MpiTransport:
     def close(self) -> None:
         """Collective: every rank must call this. End MPI in order."""
         finalize_mpi()
+
+    def abandon(self) -> None:
+        """Leave without the others: nothing of MPI's waits for them then."""
+        return
 
 
 class MpiPending:

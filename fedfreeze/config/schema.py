@@ -151,7 +151,8 @@ class MethodConfig:
     distillation: NonNegativeFloat = 1.0
     """`depthfl`: weight of the distillation between the exits of a device."""
     sum: Literal["exact", "float32"] = "exact"
-    """`exact` adds updates as 64-bit fixed point: any order gives the same bits, at twice the bytes between ranks."""
+    """`exact` adds updates as 64-bit fixed point: any order gives the same bits, at twice the bytes between ranks, also
+    by NCCL. `float32` depends on the order of devices and ranks, and on how NCCL or MPI adds."""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)

@@ -1,6 +1,6 @@
 """A device's batches: shuffled, augmented and normalised as whole tensors, never a sample at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,17 +123,64 @@ def drawn_batches(
 
 
 def training_batches(
-    data: Data, rows: np.ndarray, drawn: Iterator[Drawn], device: torch.device
+    data: Data, rows: np.ndarray, drawn: Iterable[Drawn], device: torch.device, room: torch.Tensor | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield normalised images (batch, channels, height, width) and labels (batch,) of one device's samples.
 
-    A device's samples stay on the host, as on the storage of a real device: only the batch is in its memory.
+    A device's samples stay on the host, as on the storage of a real device: only the batch is in its memory. `room`
+    (bytes, uint8, `staged_bytes` of them) is memory of the emulator's on a GPU that stands for that storage: samples
+    and draws come there by one copy, for which nothing waits.
     """
     pixels = torch.from_numpy(np.array(data.train.images[rows]))
     labels = torch.from_numpy(data.train.labels[rows])
+    if room is not None:
+        drawn = list(drawn)
+        epochs = -(-sum(len(batch.chosen) for batch in drawn) // max(1, len(rows)))
+        if staged_bytes(len(rows), pixels[:1].numel(), epochs) <= len(room):
+            pixels, labels, drawn = _staged_batches(pixels, labels, drawn, room)
     for batch in drawn:
         images = augmented(pixels[batch.chosen].to(device), batch.changes)
         yield plain_images(data, images), labels[batch.chosen].to(device)
+
+
+_ALIGNED_BYTES = 512
+
+
+def staged_bytes(samples: int, image_bytes: int, epochs: int) -> int:
+    """Return the most bytes that a device's samples and draws take where `training_batches` has room for them."""
+    # a label; in each epoch the place of a sample, row and column of its crop, and whether it is flipped
+    return samples * (image_bytes + 8 + epochs * (8 + 2 * 8 + 1)) + 5 * _ALIGNED_BYTES
+
+
+def _staged_batches(
+    pixels: torch.Tensor, labels: torch.Tensor, drawn: list[Drawn], room: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[Drawn]]:
+    """Return a device's samples and draws in `room`."""
+    sizes = [len(batch.chosen) for batch in drawn]
+    tensors = [pixels, labels, torch.cat([batch.chosen for batch in drawn])]
+    flips = [batch.changes.flips for batch in drawn if batch.changes.flips is not None]
+    offsets = [batch.changes.offsets for batch in drawn if batch.changes.offsets is not None]
+    tensors += [torch.cat(each) for each in (flips, offsets) if each]
+    pixels, labels, chosen, *moves = _staged(tensors, room)
+    nothing: list[torch.Tensor | None] = [None] * len(drawn)
+    of_flips = list(moves.pop(0).split(sizes)) if flips else nothing
+    of_offsets = list(moves.pop(0).split(sizes)) if offsets else nothing
+    batches = zip(drawn, chosen.split(sizes), of_flips, of_offsets, strict=True)
+    return pixels, labels, [Drawn(places, batch.views, Changes(f, o)) for batch, places, f, o in batches]
+
+
+def _staged(tensors: list[torch.Tensor], room: torch.Tensor) -> list[torch.Tensor]:
+    """Copy tensors from the host into `room`, at once, and return them there, without waiting."""
+    ends = [0]
+    for tensor in tensors:
+        ends.append(-(-(ends[-1] + tensor.nbytes) // _ALIGNED_BYTES) * _ALIGNED_BYTES)
+    host = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=room.is_cuda)
+    places = list(zip(tensors, ends, strict=False))
+    for tensor, begin in places:
+        host[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    there = room[: len(host)]
+    there.copy_(host, non_blocking=True)
+    return [there[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape) for tensor, begin in places]
 
 
 def plain_images(data: Data, pixels: torch.Tensor) -> torch.Tensor:

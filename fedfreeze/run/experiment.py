@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedfreeze.device.cost import fit_method, measure_costs
 from fedfreeze.device.emulator import Emulator
 from fedfreeze.device.feature_store import check_folder
 from fedfreeze.device.features import check_storable
+from fedfreeze.device.trial import model_on, with_reserved
 from fedfreeze.errors import (
     ConfigError,
     DataError,
@@ -84,7 +85,7 @@ class Experiment:
         fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
         self.fitted: dict[str, Any] = ranks.decide(lambda: self._fit(fleet))
         # before the network is built: what no device can hold may not fit this machine either
-        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
+        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts], device))
         ranks.decide(lambda: self._check_storable(device))
         ranks.together(self._check_cache)
         self.method = ranks.together(partial(self._build, device))
@@ -108,9 +109,7 @@ class Experiment:
         return identity
 
     def _build(self, device: torch.device) -> Method:
-        model = method_class(self.config).network(self.config.model, self.fitted)
-        if model.memory_format == "auto" and device.type != "cpu":
-            model = replace(model, memory_format="contiguous")  # what GPUs gain by it has not been measured
+        model = model_on(self.config, self.fitted, device)
         blocked = build_network(model, self.data.image_shape, self.data.num_classes, self.config.seed)
         method = make_method(self.config, blocked, self.fitted)
         with own_code("method.name", self.config.method.name):
@@ -134,9 +133,12 @@ class Experiment:
     def _fit(self, fleet: Fleet) -> dict[str, Any]:
         return fit_method(self.config, self.data.image_shape, self.data.num_classes, fleet.memory_cap_bytes)
 
-    def _make_coordinator(self, fleet: Fleet, samples: list[int]) -> None:
-        """On rank 0 alone: what a stage costs is predicted once, and everyone learns of it by the plans."""
-        costs = measure_costs(self.config, self.data.image_shape, self.data.num_classes, self.fitted)
+    def _make_coordinator(self, fleet: Fleet, samples: list[int], device: torch.device) -> None:
+        """On rank 0 alone: what a stage costs is found once, and everyone learns of it by the plans."""
+        facts = self.data.image_shape, self.data.num_classes, self.fitted
+        costs = measure_costs(self.config, *facts)
+        if device.type != "cpu":
+            costs = with_reserved(self.config, costs, *facts, device)
         world_size, paced = self.ranks.world_size, method_class(self.config).paced
         self.coordinator = Coordinator(self.config, fleet, samples, costs, world_size=world_size, paced=paced)
 
@@ -176,7 +178,9 @@ class Experiment:
             if verdict.checkpoint or told["save"] or told["stop"] is not None:
                 self.ranks.decide(self._checkpoint)
             elif self.ranks.is_root:
-                self._unsaved = Unsaved(self._state(), self.emulator.values, list(self.window.updates))
+                # a GPU's values are overwritten in the next round, those of a CPU are not
+                values = self.emulator.values.cpu()
+                self._unsaved = Unsaved(self._state(), values, list(self.window.updates))
             self.preemption.round_ends()
             ended = verdict.stop
         self.ranks.decide(lambda: self._finish(stage))

@@ -48,7 +48,7 @@ def run_round(
 
     # local training: each device in turn under its own memory cap; one that fails adds nothing
     update = emulator.empty_update(plan)
-    mine = [emulator.train(assignment, plan, update) for assignment in plan.devices_of(ranks.rank)]
+    mine = emulator.train(plan.devices_of(ranks.rank), plan, update)
     parts.end("train")
 
     # aggregation: active block + output module, once
