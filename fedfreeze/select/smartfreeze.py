@@ -185,10 +185,12 @@ class SmartFreezeSelector(Selector):
         ranked = sorted(members, key=lambda device: (-utility[device], device))
         untried = [device for device in members if device not in self.last_selected]
         best = ranked[: slots - min(exploring, len(untried))]
-        new = [device for device in untried if device not in best]
+        taken = set(best)
+        new = [device for device in untried if device not in taken]
         drawn = generator.permutation(len(new))[: slots - len(best)]
         chosen = [*best, *(new[i] for i in drawn)]
-        return [*chosen, *(device for device in ranked if device not in chosen)][:slots]
+        taken = set(chosen)
+        return [*chosen, *(device for device in ranked if device not in taken)][:slots]
 
     def observe(self, reports: Sequence[DeviceReport]) -> None:
         """Take the losses that training showed."""
