@@ -276,6 +276,9 @@ class SelectConfig:
     """`smartfreeze`: a community of more devices is split again; none: twice `train.participants`."""
     signature_size: Annotated[int, Field(ge=8, le=10**6)] = 512
     """`smartfreeze`: numbers of a device's signature; a larger gradient of the last layer is sketched to this size."""
+    signature_devices: Positive | None = None
+    """`smartfreeze`: devices that are asked each time, drawn among the candidates, half of them among those without a
+    community; none: all candidates."""
     refresh_rounds: Positive | None = 25
     """`smartfreeze`: rounds after which signatures and losses are gathered again within a stage; none: only when a
     stage starts."""

@@ -9,7 +9,7 @@ from fedfreeze.data.batches import plain_batches
 from fedfreeze.data.store import Data
 from fedfreeze.device.cap import DeviceOutOfMemoryError, MemoryCap
 from fedfreeze.device.probe import LOSSES, Probe
-from fedfreeze.messages import AskedGroup, ProbePlan
+from fedfreeze.messages import ProbePlan
 from fedfreeze.network.stage import Stage
 
 
@@ -63,25 +63,26 @@ class Asker:
         end = 0
         for group in plan.groups:
             first, end = end, end + len(group.devices)
-            if group.rank != rank:
-                continue
-            for row, answer in enumerate(self._answers(group, together), first):
-                if answer is not None and np.isfinite(answer).all():
-                    table[row, 0] = 1
-                    table[row, 1:] = torch.from_numpy(answer)
+            if group.rank == rank:
+                rows = [self.parts[device] for device in group.devices]
+                if together and len(rows) > 1 and all(map(len, rows)):
+                    answered, answers = self._by_one_pass(rows, group.cap_bytes)
+                else:
+                    answered, answers = self._one_by_one(rows, group.cap_bytes)
+                answered &= np.isfinite(answers).all(axis=1)
+                table[first:end, 0] = torch.from_numpy(answered)
+                table[first:end, 1:] = torch.from_numpy(np.where(answered[:, None], answers, 0))
         return table
 
-    def _answers(self, group: AskedGroup, together: bool) -> list[np.ndarray | None]:
-        rows = [self.parts[device] for device in group.devices]
-        caps = group.cap_bytes
-        if together and len(rows) > 1 and all(map(len, rows)):
-            self.check()
-            self.begin(rows[0])
-            held = [self._is_held(samples, cap) for samples, cap in zip(rows, caps, strict=True)]
-            # those that are not held, too: who is in a pass must not depend on what this rank has counted
-            found = self._by_one_pass(rows)
-            return [answer if fits else None for answer, fits in zip(found, held, strict=True)]
-        return [self._alone(samples, cap) if len(samples) else None for samples, cap in zip(rows, caps, strict=True)]
+    def _one_by_one(self, rows: Sequence[np.ndarray], caps: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
+        """Return who of some devices answered, and the answers (devices, numbers)."""
+        answers = np.zeros((len(rows), LOSSES + self.probe.numbers), dtype=np.float32)
+        answered = np.zeros(len(rows), dtype=bool)
+        for number, (samples, cap_bytes) in enumerate(zip(rows, caps, strict=True)):
+            answer = self._alone(samples, cap_bytes) if len(samples) else None
+            if answer is not None:
+                answered[number], answers[number] = True, answer
+        return answered, answers
 
     def _alone(self, samples: np.ndarray, cap_bytes: int | None) -> np.ndarray | None:
         self.check()
@@ -108,10 +109,15 @@ class Asker:
             self.peaks[(*self.kind, length)] = memory.tensor_peak_bytes
         return True
 
-    def _by_one_pass(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+    def _by_one_pass(self, rows: Sequence[np.ndarray], caps: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `_one_by_one` does."""
+        self.check()
+        self.begin(rows[0])
+        held = np.array([self._is_held(samples, cap) for samples, cap in zip(rows, caps, strict=True)])
+        # those that are not held, too: who is in a pass must not depend on what this rank has counted
         joined = np.concatenate(rows)
         ((images, labels),) = plain_batches(self.data, joined, len(joined), self.device)
-        return self.probe.ask_together(images, labels, [len(samples) for samples in rows])
+        return held, self.probe.ask_together(images, labels, [len(samples) for samples in rows])
 
 
 def samples_stay_apart(stage: Stage, data: Data, device: torch.device) -> bool:

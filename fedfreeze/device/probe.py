@@ -55,6 +55,7 @@ class Probe:
         self.sketch = make_sketch(elements, signature_size, seed) if signature_size else None
         self.numbers = min(elements, signature_size)
         """Numbers of a signature; 0: none is asked for."""
+        self.stage.eval()  # once, as of all the modules of a small network it takes as long as a step
 
     def ask(
         self, memory: DeviceMemory, key: tuple[object, ...], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -66,7 +67,6 @@ class Probe:
         sums = torch.zeros(LOSSES, dtype=torch.float64, device=self.stage.flat.buffer.device)
         gradient = torch.zeros(self.classifier.out_features, self.classifier.in_features + 1, device=sums.device)
         seen = 0
-        self.stage.eval()
         inputs: list[torch.Tensor] = []
         hook = self.classifier.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         try:
@@ -90,7 +90,6 @@ class Probe:
         `images`, `labels`: their samples, one device after the other; `sizes`: how many each has, over 0. It counts no
         memory: that is for whoever asks to see to.
         """
-        self.stage.eval()
         inputs: list[torch.Tensor] = []
         hook = self.classifier.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         try:

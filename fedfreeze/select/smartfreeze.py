@@ -55,13 +55,34 @@ class SmartFreezeSelector(Selector):
             self.failed.clear()
 
     def wanted(self, candidates: Sequence[int], count: int) -> ProbeRequest | None:
-        """Ask all candidates when a stage starts, and again every `refresh_rounds` rounds of it."""
+        """Ask the candidates when a stage starts, and again every `refresh_rounds` rounds of it."""
         settings, now = self.select_config, self.situation.stage_round
         again = settings.refresh_rounds
         due = self.refreshed_at is None or (again is not None and now - self.refreshed_at >= again)
         if not settings.communities or not due:
             return None
-        return ProbeRequest(trainable(self.situation.samples, candidates)[0], settings.signature_size)
+        able = trainable(self.situation.samples, candidates)[0]
+        return ProbeRequest(self._drawn(able), settings.signature_size)
+
+    def _drawn(self, able: list[int]) -> list[int]:
+        """Return which devices are asked: `signature_devices` of them, half of those without a community.
+
+        Those that have one tell where the others of theirs go (`_adopt`), so without them in the draw most would be
+        unknown again; those without make known more devices each time. Where one kind is short the other fills. [ours]
+        """
+        most = self.select_config.signature_devices
+        if most is None or len(able) <= most:
+            return able
+        known = [device for device in able if device in self.place]
+        new = [device for device in able if device not in self.place]
+        of_known = min(len(known), max(most // 2, most - len(new)))
+        generator = numpy_generator(self.config.seed, "signature devices", self.situation.round)
+        drawn = [
+            devices[place]
+            for devices, number in ((known, of_known), (new, most - of_known))
+            for place in generator.choice(len(devices), number, replace=False)
+        ]
+        return sorted(drawn)
 
     def learn(self, probes: Probes) -> None:
         """Take losses, and find communities anew."""
@@ -185,10 +206,12 @@ class SmartFreezeSelector(Selector):
         ranked = sorted(members, key=lambda device: (-utility[device], device))
         untried = [device for device in members if device not in self.last_selected]
         best = ranked[: slots - min(exploring, len(untried))]
-        new = [device for device in untried if device not in best]
+        taken = set(best)
+        new = [device for device in untried if device not in taken]
         drawn = generator.permutation(len(new))[: slots - len(best)]
         chosen = [*best, *(new[i] for i in drawn)]
-        return [*chosen, *(device for device in ranked if device not in chosen)][:slots]
+        taken = set(chosen)
+        return [*chosen, *(device for device in ranked if device not in taken)][:slots]
 
     def observe(self, reports: Sequence[DeviceReport]) -> None:
         """Take the losses that training showed."""

@@ -54,7 +54,7 @@ def finish_of(devices: Sequence[int], seconds: np.ndarray, *, participants: int,
     It takes as long as the slowest of them, or until the deadline where that leaves fewer than could have been. Ties go
     to the smaller device number.
     """
-    order = sorted(range(len(devices)), key=lambda i: (seconds[i], devices[i]))
+    order = np.lexsort([np.asarray(devices, dtype=np.int64), seconds]).tolist()
     needed = min(participants, len(devices))
     in_time: list[int] = []
     late: dict[int, str] = {}
@@ -130,7 +130,8 @@ class EmulatedClock:
         self.bytes_down = 0
         self.flops = 0.0
         """Floating-point operations of this round: training of the devices that completed, and answers."""
-        self._has_model: set[int] = set()  # devices that were sent this round's model before they were selected
+        # devices that were sent this round's model before they were selected
+        self._has_model = np.zeros(len(self.fleet), dtype=bool)
 
     def wait_for(self, devices: Sequence[int]) -> list[int]:
         """Return those of some devices that can be selected now; if there is none, wait for the first."""
@@ -149,7 +150,7 @@ class EmulatedClock:
         """A frozen block is sent once to a device that lacks it; the rest of the stage in every round."""
         missing = self._frozen_elements[self.stage] - self._frozen_elements[self.frozen_held[devices]]
         down = self.model_bytes[devices] + missing * FLOAT_BYTES
-        return np.where(np.isin(devices, list(self._has_model)), 0, down)
+        return np.where(self._has_model[devices], 0, down)
 
     def probe(self, devices: Sequence[int], numbers: int) -> list[int]:
         """Charge some devices' telling of `numbers` figures each; return those that do it before the deadline."""
@@ -188,7 +189,7 @@ class EmulatedClock:
         index = np.asarray(devices, dtype=np.int64)
         self.bytes_down += int(self._bytes_down(index).sum())
         self.frozen_held[index] = self.stage
-        self._has_model.update(devices)
+        self._has_model[index] = True
 
     @property
     def emulated_s(self) -> float:

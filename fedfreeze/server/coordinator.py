@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from fedfreeze.config.schema import Config
 from fedfreeze.device.cost import Costs
 from fedfreeze.device.probe import LOSSES
@@ -143,7 +145,8 @@ class Coordinator:
         self.round += 1
         self.stage_round += 1
         select = self.config.select
-        left = [device for device in self.able[self.stage] if not self._barred(device)]
+        barred = self._barred()
+        left = [device for device in self.able[self.stage] if not barred[device]]
         if not left:
             cost = self.costs.levels[self.stage][0]
             raise ConfigError(
@@ -157,17 +160,19 @@ class Coordinator:
                 Situation(self.round, self.stage, self.stage_round, self.clock.samples, self.clock.round_seconds())
             )
 
-    def _barred(self, device: int) -> bool:
-        """Whether a device ran out in this stage, or has no more memory and no smaller batch than one that did."""
-        if device in self.ran_out or not self.config.select.memory_correction:
-            return device in self.ran_out
-        return any(self._needs_no_less(device, other) for other in self.ran_out)
-
-    def _needs_no_less(self, device: int, other: int) -> bool:
-        cap, other_cap = (self.fleet.memory_cap_bytes[d] for d in (device, other))
-        batch, other_batch = (min(self.samples[d], self.config.train.batch_size) for d in (device, other))
-        same_level = self.clock.level[device] == self.clock.level[other]
-        return cap is not None and other_cap is not None and cap <= other_cap and same_level and batch >= other_batch
+    def _barred(self) -> np.ndarray:
+        """Return who ran out in this stage, or has no more memory and no smaller batch than one that did."""
+        barred = np.zeros(len(self.fleet), dtype=bool)
+        barred[list(self.ran_out)] = True
+        if not self.ran_out or not self.config.select.memory_correction:
+            return barred
+        caps = np.array([math.inf if cap is None else cap for cap in self.fleet.memory_cap_bytes])
+        batches = np.minimum(self.clock.samples, self.config.train.batch_size)
+        levels = self.clock.level
+        for cap, batch, level in {(caps[d], batches[d], levels[d]) for d in self.ran_out}:
+            if math.isfinite(cap):
+                barred |= (caps <= cap) & (batches >= batch) & (levels == level)
+        return barred
 
     def ask(self) -> ProbePlan | None:
         """Return which devices the selector wants to ask before it chooses; None: it asks none."""

@@ -129,7 +129,7 @@ def test_costs_and_traffic_know_the_window() -> None:
     frozen, trained = both.stages[1].frozen_elements, both.stages[1].trained_elements
     assert sent.tolist() == [4 * (frozen + trained)] * 2  # the block that left the window comes once more, as frozen
     clock._send_down([0])
-    clock._has_model.clear()
+    clock._has_model[:] = False
     assert clock._bytes_down(torch.tensor([0]).numpy()).tolist() == [4 * trained]
 
 

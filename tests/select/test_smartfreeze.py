@@ -344,6 +344,42 @@ def test_as_long_as_nobody_answers_it_asks_again():
     assert asked_in(selector, range(4, 8)) == [4]
 
 
+@given(devices=st.integers(1, 60), most=st.integers(1, 70), placed=st.sets(st.integers(0, 59)), seed=st.integers(0, 99))
+def test_so_many_are_asked_half_of_them_new(devices, most, placed, seed):
+    selector = in_communities(make(2, seed=seed, signature_devices=most), [[sorted(placed)]] if placed else [])
+    selector.prepare(situation([10] * devices, round_number=5))
+    asked = selector.wanted(range(devices), 2).devices
+    assert asked == sorted(set(asked))
+    assert len(asked) == min(most, devices)
+    known = [device for device in range(devices) if device in placed]
+    of_known = len(set(asked) & set(known))
+    # half and half, but where one kind is short
+    assert of_known == min(len(known), max(most // 2, most - (devices - len(known))))
+    assert selector.wanted(range(devices), 2).devices == asked
+
+
+def test_who_was_asked_once_stays_with_its_company_and_the_unknown_become_fewer():
+    signatures, group = planted(300, 3)
+    selector = make(6, signature_devices=100, refresh_rounds=1)
+    unknown = []
+    for round_number in range(1, 6):
+        selector.prepare(situation([10] * 300, round_number=round_number))
+        asked = selector.wanted(range(300), 6).devices
+        assert len(asked) == 100
+        selector.learn(probes(asked, signatures[asked]))
+        unknown.append(sum(selector._place(device) == UNKNOWN for device in range(300)))
+        for members in ([device for part in parts for device in part] for parts in selector.communities):
+            assert len(set(group[members])) == 1, "planted groups, also of those that were not asked this time"
+        chosen = selector.select(round_number, range(300), 6)
+        if unknown[-1]:
+            assert any(selector._place(device) == UNKNOWN for device in chosen)
+    assert unknown == [200, 150, 100, 50, 0]
+
+
+def test_fewer_candidates_than_the_limit_are_all_asked():
+    assert asked_in(make(signature_devices=3), range(1, 3)) == [1]
+
+
 def test_devices_without_data_are_not_asked():
     selector = make()
     selector.prepare(situation([0, 5, 1, 7]))
