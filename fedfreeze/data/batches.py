@@ -31,7 +31,8 @@ class Changes:
 def views_of_samples(config: DataConfig, count: int, height: int, generator: torch.Generator) -> Changes | None:
     """Return every view of some samples, (views, samples); None where there is no end of them.
 
-    Without `data.views`, view 1 is the flipped image.
+    Without `data.views`, view 1 is the flipped image. Else of each two views, one is flipped where the other is not, so
+    that no sample comes in one direction alone.
     """
     number = config.view_count
     if number is None:
@@ -42,6 +43,7 @@ def views_of_samples(config: DataConfig, count: int, height: int, generator: tor
         return Changes(torch.tensor([False, True])[:, None].expand(2, count))
     drawn = [draw_changes(count, config.augment, height, generator) for _ in range(number)]
     flips = [each.flips for each in drawn if each.flips is not None]
+    flips = [~flips[view - 1] if view % 2 else flips[view] for view in range(number)]
     offsets = [each.offsets for each in drawn if each.offsets is not None]
     return Changes(torch.stack(flips), torch.stack(offsets) if offsets else None)
 

@@ -243,7 +243,7 @@ def test_with_counted_views_a_sample_becomes_no_more_images_than_that(augment):
                 seen[label].add(image.numpy().tobytes())
     counts = [len(images) for images in seen.values()]
     assert max(counts) == (2 if augment == "flip" else 3)
-    assert sum(counts) > 1.5 * len(rows)
+    assert min(counts) == 2  # no sample comes in one direction alone
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.sampled_from(["flip", "crop_flip"]))
