@@ -2,10 +2,10 @@
 
     python benchmarks/whole_run.py --data FOLDER [--rounds 100] [--repeats 5] [--ranks 2] [--key KEY=VALUE ...]
 
-The shipped experiment `cifar10` (ResNet-10 of width 16, 10 of 100 devices a round, tested every fifth round), its stages
-of equal length, with the CIFAR-10 in FOLDER. One after the other, `--repeats` times: FedAvg on the whole model without
-caps, SmartFreeze as shipped, SmartFreeze that calculates its frozen blocks anew. Ratios are to the FedAvg of the same
-repeat: wall seconds of all rounds and what lies between them, processor seconds of all processes.
+The shipped experiment `cifar10` (ResNet-10 of width 16, 10 of 100 devices a round, tested every fifth round), its
+stages of equal length, with the CIFAR-10 in FOLDER. One after the other, `--repeats` times: FedAvg on the whole model
+without caps, SmartFreeze with kept features, SmartFreeze that calculates its frozen blocks anew. Ratios are to the
+FedAvg of the same repeat: wall seconds of all rounds and what lies between them, processor seconds of all processes.
 """
 
 import argparse
