@@ -27,6 +27,7 @@ SMALL = {
     "train": {"rounds": 16, "participants": 6, "local_epochs": 1, "batch_size": 16, "learning_rate": 0.05},
     "pace": {"policy": "perturbation", "window": 3, "slope_window": 2, "checks": 1, "slope_limit": 0.5},
     "eval": {"every_rounds": 4},
+    "cache": {"features": True, "budget_mib": 0.3},  # some fit; without it: tests/methods, tests/device/test_features
 }
 
 # As root, as in a container, Open MPI wants to be told; and more ranks than cores.
