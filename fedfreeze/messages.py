@@ -13,6 +13,8 @@ class Assignment:
     cap_bytes: int | None
     level: int = 0
     """Which of the method's sub-models the device trains, the smallest first (Method.num_levels)."""
+    stores: bool = False
+    """Whether it runs its frozen blocks first and stores what they put out (`train.prefix: stored`)."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,9 @@ class Verdict:
     stop: bool
     """No further round: training ended, or the round limit is reached."""
     evaluate: bool
+    """On all the test data."""
+    evaluate_sampled: bool
+    """On `eval.samples` of them."""
     checkpoint: bool
     perturbation: float | None = None
     slope: float | None = None

@@ -92,6 +92,23 @@ def test_plan_prints_every_stage_and_trains_nothing(tmp_path: Path, capsys: pyte
     assert {path.name for path in tmp_path.iterdir()} == {"small.yaml"}
 
 
+def test_plan_says_what_devices_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    options = ["--train.prefix=stored", "--data.augment=crop_flip", "--data.views=3", "--data.partition=iid"]
+    assert main(["plan", str(config), "--json", *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["stages"]
+    assert rows[0]["feature_kib"] == rows[-1]["flash_mib"] == 0
+    for row in rows[1:-1]:
+        samples = row["flash_mib"] * 1024 / row["feature_kib"] / 3
+        assert samples == pytest.approx(1437 / 24, abs=1)  # of the device with most
+    assert main(["plan", str(config), *options]) == 0
+    table = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in table.splitlines())
+    assert "flash" in table
+    assert f"{rows[1]['flash_mib']:.2f}" in table
+    assert "for 3 views of each sample" in table
+
+
 def test_help_lists_exit_codes_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["run", "--help"])

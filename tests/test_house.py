@@ -38,12 +38,10 @@ MODEL_FILES = ("resnet", "vgg", "vit")
 # Modules whose tests are not in tests/ROOM/test_MODULE*.py: what tests them instead.
 TESTED_IN = {
     "__main__.py": ("test_cli.py",),
-    "compute.py": ("test_cli.py", "comm/test_ranks.py"),
     "errors.py": ("test_cli.py", "test_bad_inputs.py"),
     "units.py": ("plan/test_cut.py", "device/test_cost.py"),
     **{f"{room}/command.py": ("test_cli.py",) for room in ("run", "plan", "data", "doctor", "compare", "track")},
     "comm/local_ranks.py": ("comm/test_ranks.py", "run/test_resume.py", "run/test_interrupts.py"),
-    "comm/torch_transport.py": ("comm/test_every_launcher.py", "comm/test_lost_ranks.py"),
     "compare/curves.py": ("compare/test_program.py",),
     "compare/figures_of.py": ("compare/test_program.py",),
     "compare/pictures.py": ("compare/test_program.py", "compare/test_page.py"),
@@ -85,7 +83,6 @@ TESTED_IN = {
     "run/session.py": ("run/test_interrupts.py", "comm/test_lost_ranks.py"),
     "select/base.py": ("select/test_every_selector.py",),
     "select/dealing.py": ("select/test_smartfreeze.py",),
-    "select/louvain.py": ("select/test_communities.py",),
     "select/uniform.py": ("select/test_every_selector.py",),
     "storage/files.py": ("storage/test_run_folder.py", "compare/test_bad_runs.py"),
     "storage/lock.py": ("storage/test_run_folder.py", "data/test_store.py"),
@@ -246,7 +243,7 @@ def test_the_citation_names_this_version_and_the_paper() -> None:
 
 
 def test_scripts_are_executable_and_parse() -> None:
-    for script in ("launch/quickstart.sh", "launch/environment.sh", "tests/run.sh", ".ci/run"):
+    for script in ("launch/quickstart.sh", "launch/environment.sh", "tests/run.sh", ".ci/run", "benchmarks/gpu.sh"):
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
     for script in ("launch/quickstart.sh", "tests/run.sh", ".ci/run"):
         assert (ROOT / script).stat().st_mode & 0o111

@@ -148,12 +148,13 @@ def test_a_report_is_of_a_device_that_completed_unless_it_says_otherwise():
 
 
 def test_a_verdict_survives_json():
-    verdict = Verdict("converged", False, True, True, 0.31, -0.002)
+    verdict = Verdict("converged", False, True, False, True, 0.31, -0.002)
     values = json.loads(json.dumps(verdict.to_json()))
     assert values == {
         "end_stage": "converged",
         "stop": False,
         "evaluate": True,
+        "evaluate_sampled": False,
         "checkpoint": True,
         "perturbation": 0.31,
         "slope": -0.002,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedfreeze.comm.launcher import Launch
+from fedfreeze.comm.torch_transport import host_copy
 from fedfreeze.errors import ConfigError, UnavailableError, one_line
 
 # From so many elements on, the sum goes along a ring.
@@ -111,16 +112,23 @@ class MpiTransport:
         return MpiPending(self, lambda: self.world.Ibcast(raw, 0))
 
     def all_reduce(self, tensor: torch.Tensor) -> "MpiPending":
-        """Collective: every rank must call this. Begin to sum a host tensor over the ranks, in place."""
+        """Collective: every rank must call this. Begin to sum a tensor over the ranks, in place.
+
+        One on the GPU goes as it is with `comm.cuda_aware_mpi`, else through pinned memory.
+        """
+        if tensor.device.type == "cpu":
+            return MpiPending(self, lambda: self._sum(tensor))
         if self.by_gpu:
-            carried = tensor.to(self.device)
-            torch.cuda.synchronize(self.device)
-            return MpiPending(
-                self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, carried), lambda: tensor.copy_(carried)
-            )
-        if tensor.numel() >= _RING_ELEMENTS and tensor.dim() == 1:
-            return MpiPending(self, lambda: RingSum(self.mpi, self.world, tensor.numpy()))
-        return MpiPending(self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, tensor.numpy()))
+            torch.cuda.synchronize(self.device)  # MPI knows nothing of streams
+            return MpiPending(self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, tensor))
+        host = host_copy(tensor)
+        return MpiPending(self, lambda: self._sum(host), lambda: tensor.copy_(host))
+
+    def _sum(self, tensor: torch.Tensor) -> Any:
+        """Collective: every rank must call this. Begin to sum a host tensor; return what is asked by Test."""
+        if tensor.dim() == 1 and len(tensor) >= _RING_ELEMENTS:
+            return RingSum(self.mpi, self.world, tensor.numpy())
+        return self.world.Iallreduce(self.mpi.IN_PLACE, tensor.numpy())
 
     def all_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> "MpiPending":
         """Collective: every rank must call this. Begin to gather host tensors (length) into (world size, length)."""
@@ -129,6 +137,10 @@ class MpiTransport:
     def close(self) -> None:
         """Collective: every rank must call this. End MPI in order."""
         finalize_mpi()
+
+    def abandon(self) -> None:
+        """Leave without the others: nothing of MPI's waits for them then."""
+        return
 
 
 class RingSum:

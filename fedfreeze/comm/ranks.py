@@ -47,7 +47,7 @@ class Transport(Protocol):
         ...
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
-        """Collective: every rank must call this. Begin to sum a host tensor over the ranks, in place."""
+        """Collective: every rank must call this. Begin to sum a tensor over the ranks, in place, wherever it lies."""
         ...
 
     def all_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> Pending:
@@ -56,6 +56,10 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Collective: every rank must call this. Leave in order."""
+        ...
+
+    def abandon(self) -> None:
+        """Leave without the others, one of which was lost."""
         ...
 
 
@@ -133,10 +137,7 @@ class Ranks:
         return [json.loads(row.numpy().tobytes()) for row in gathered]
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Collective: every rank must call this. Sum a flat host tensor over the ranks, in place.
-
-        With a GPU a rank it travels by NCCL through the GPU, between two devices and so outside every cap.
-        """
+        """Collective: every rank must call this. Sum a tensor of the host or the GPU over the ranks, in place."""
         if self.world_size > 1:
             self._run("all-reduce", lambda: self.transport.all_reduce(tensor))
 
@@ -190,6 +191,8 @@ class Ranks:
     def leave(self, code: int, why: str = "") -> None:
         """Tell the others that this rank leaves, and why; to be called last, however the run went."""
         self.lifeline.leave(code, why)
+        if code and self.world_size > 1:
+            self.transport.abandon()
 
     def _run(self, name: str, begin: Callable[[], Pending]) -> None:
         """Wait for a collective, but not for a rank that is lost, nor longer than comm.timeout_s."""

@@ -1,8 +1,11 @@
 """Messages between ranks by torch.distributed: gloo for host tensors, NCCL too where each rank has a GPU of its own."""
 
+import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -10,6 +13,9 @@ import torch.distributed as dist
 
 from fedfreeze.comm.launcher import Launch, need_address
 from fedfreeze.errors import RankLostError, one_line
+
+# NCCL's communicator of a lost rank may not let itself be ended: no longer than this is waited for it.
+_ABORT_S = 5.0
 
 
 class TorchTransport:
@@ -98,7 +104,17 @@ class TorchTransport:
         # NCCL refuses two ranks on one GPU; and a rank without one is told of where all can hear it
         if len(gpus) < self.world_size or "none" in gpus or not dist.is_nccl_available():
             return None
-        return dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout_s + 60))
+        # the lifeline tells who was lost, and we leave with the books closed; NCCL's watchdog would abort before that
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+        group = dist.new_group(backend="nccl", timeout=timedelta(seconds=timeout_s + 60))
+        # NCCL connects with the first message, in a call that nothing can end: here, where the start is watched over
+        first = dist.all_reduce(torch.ones(1, device=self.device), group=group, async_op=True)
+        if not GpuPending(first).wait(self.join_s):
+            raise RankLostError(
+                f"rank {self.rank} on {self.host}: NCCL did not connect the {self.world_size} ranks within "
+                f"{self.join_s:.0f} s (comm.join_s); NCCL_DEBUG=INFO tells why"
+            )
+        return group
 
     def root_text(self, text: str | None) -> str:
         """Collective: every rank must call this. Return rank 0's text on every rank."""
@@ -111,13 +127,17 @@ class TorchTransport:
         """Collective: every rank must call this. Begin to overwrite a host tensor with rank 0's."""
         return TorchPending(dist.broadcast(tensor, 0, async_op=True))
 
-    def all_reduce(self, tensor: torch.Tensor) -> "TorchPending":
-        """Collective: every rank must call this. Begin to sum a host tensor over the ranks, in place."""
-        if self.gpu_group is None or tensor.numel() < 1024:  # a short one is not worth the way over the GPU
+    def all_reduce(self, tensor: torch.Tensor) -> "TorchPending | GpuPending":
+        """Collective: every rank must call this. Begin to sum a tensor over the ranks, in place.
+
+        One on the GPU goes by NCCL without a copy where each rank has a GPU of its own, else through pinned memory.
+        """
+        if tensor.device.type == "cpu":
             return TorchPending(dist.all_reduce(tensor, async_op=True))
-        carried = tensor.to(self.device)
-        work = dist.all_reduce(carried, group=self.gpu_group, async_op=True)
-        return TorchPending(work, lambda: tensor.copy_(carried))
+        if self.gpu_group is not None:
+            return GpuPending(dist.all_reduce(tensor, group=self.gpu_group, async_op=True))
+        host = host_copy(tensor)
+        return TorchPending(dist.all_reduce(host, async_op=True), lambda: tensor.copy_(host))
 
     def all_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> "TorchPending":
         """Collective: every rank must call this. Begin to gather host tensors (length) into (world size, length)."""
@@ -128,11 +148,25 @@ class TorchTransport:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def abandon(self) -> None:
+        """End NCCL's communicator without the others, so that what is on its way there holds nobody up."""
+        if self.gpu_group is None or not dist.is_initialized():
+            return
+        backend = self.gpu_group._get_backend(self.device)
+        ending = Thread(target=getattr(backend, "abort", lambda: None), name="abandon", daemon=True)
+        ending.start()
+        ending.join(_ABORT_S)
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a GPU's tensor in pinned host memory, when what makes it is done."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)
+
 
 class TorchPending:
-    """A collective on its way."""
+    """A collective of gloo on its way."""
 
-    def __init__(self, work: Any, finish: Any = None):
+    def __init__(self, work: Any, finish: Callable[[], Any] | None = None):
         self.work = work
         self.finish = finish
 
@@ -146,4 +180,28 @@ class TorchPending:
             self.work.wait()  # raises what made it fail; nothing if it ended just after our waiting
         if self.finish is not None:
             self.finish()
+        return True
+
+
+class GpuPending:
+    """A collective of NCCL on its way.
+
+    Its own wait with a time limit has the stream wait for ever, and aborts the communicator when time is up; without
+    one it only orders streams, and the copy after it waits in C, where no loss is heard. So the work is only asked.
+    """
+
+    def __init__(self, work: Any):
+        self.work = work
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to `seconds`; return whether it is done. Raises RuntimeError if it has failed."""
+        deadline = time.monotonic() + seconds
+        pause = 0.0
+        while not self.work.is_completed():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause + 2e-5, 2e-3)
+        # at once, as it is done: raises what made it fail, and orders our stream behind it
+        self.work.wait(timedelta(seconds=1))
         return True

@@ -14,7 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import fedfreeze
-from fedfreeze.config.schema import BEFORE, RESUME_MAY_DIFFER, WHERE_DATA_LIES, Config
+from fedfreeze.config.schema import BEFORE, CACHE_MAY_DIFFER, RESUME_MAY_DIFFER, WHERE_DATA_LIES, Config
 from fedfreeze.errors import ConfigError, one_line
 
 _SECTIONS = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
@@ -186,9 +186,13 @@ def config_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 def resume_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Name the first key that makes `new` another run than `old`, but for where its data lies: what is there decides.
 
-    Data of the hub may have become a folder, and the other way round. None where a resume is allowed so far.
+    Data of the hub may have become a folder, and the other way round. Budgets of the cache decide nothing either. None
+    where a resume is allowed so far.
     """
     moved = [dict(values) for values in (old, new)]
+    for values in moved:
+        if isinstance(values.get("cache"), dict):
+            values["cache"] = {key: value for key, value in values["cache"].items() if key not in CACHE_MAY_DIFFER}
     before, after = (values.get("data") for values in moved)
     if isinstance(before, dict) and isinstance(after, dict):
         free = {*WHERE_DATA_LIES, *(["name"] if before.get("path") or after.get("path") else [])}
@@ -354,6 +358,16 @@ def _check_rules(config: Config) -> None:
     pace = config.pace
     if pace.max_rounds is not None and pace.max_rounds < pace.min_rounds:
         raise ConfigError(f"pace.max_rounds: {pace.max_rounds} is less than pace.min_rounds ({pace.min_rounds})")
+    if config.data.views is not None and config.data.augment == "none":
+        raise ConfigError(
+            f"data.views: {config.data.views} views need an augmentation that makes them; set data.augment to flip or "
+            "crop_flip, or leave data.views out"
+        )
+    if config.train.prefix == "stored" and config.data.view_count is None:
+        raise ConfigError(
+            f"train.prefix: a device cannot store the features of data.augment={config.data.augment}, which has no end "
+            "of views; set data.views, as in data.views=4"
+        )
     split = config.model.split or []
     for name in split:
         if split.count(name) > 1:

@@ -57,8 +57,18 @@ class DataConfig:
     """How many label-sorted shards each device gets with `partition: shards`."""
     augment: Literal["none", "flip", "crop_flip"] = "none"
     """Augmentation of training batches: none, horizontal flips, or random crops (padding of an eighth) and flips."""
+    views: Annotated[int, Field(ge=1, le=10**4)] | None = None
+    """How many images each sample becomes by augmentation: drawn once a stage, one of them in each pass over a device's
+    data, so that features of frozen blocks can be kept. None: a new one each time; flips alone are two anyway."""
     cache_dir: str | None = None
     """Folder of the decoded, memory-mapped data; default `$XDG_CACHE_HOME/fedfreeze` or `~/.cache/fedfreeze`."""
+
+    @property
+    def view_count(self) -> int | None:
+        """How many images each sample can become by augmentation; None: there is no end of them."""
+        if self.augment == "none":
+            return 1
+        return self.views or (2 if self.augment == "flip" else None)
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
@@ -77,7 +87,8 @@ class ModelConfig:
     `in_channels`, `image_size` (height, width) and `model.options`, it returns the network (docs/extending.md)."""
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     """How weights of convolutions lie in memory: `channels_last` is faster on CPUs, and results differ by rounding;
-    `auto` takes it on CPUs, for networks of several convolutions that run so; of your own, for those without group
+    `auto` takes it on CPUs, for networks of several convolutions that run so: not for those with 1x1 convolutions with
+    a stride over fewer than 16 channels (torch spoils memory with them), and of your own not with group
     normalisation."""
     split: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the modules at which blocks begin; none: the usual cut of `name`. `fedfreeze plan CONFIG --cut` proposes
@@ -140,7 +151,8 @@ class MethodConfig:
     distillation: NonNegativeFloat = 1.0
     """`depthfl`: weight of the distillation between the exits of a device."""
     sum: Literal["exact", "float32"] = "exact"
-    """`exact` adds updates as 64-bit fixed point: any order gives the same bits, at twice the bytes between ranks."""
+    """`exact` adds updates as 64-bit fixed point: any order gives the same bits, at twice the bytes between ranks, also
+    by NCCL. `float32` depends on the order of devices and ranks, and on how NCCL or MPI adds."""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
@@ -200,6 +212,10 @@ class TrainConfig:
     """L2 penalty of SGD, a step."""
     threads_per_rank: Positive = 1
     """CPU threads of each rank, whatever the launcher sets: the bits of the result depend on it."""
+    prefix: Literal["recomputed", "stored"] = "recomputed"
+    """What an emulated device does with its frozen blocks: run them in every step, or run them once a stage for every
+    view of its samples and store what they put out in its flash memory, which `fedfreeze plan` states. Then they are
+    neither in its memory nor in its time while it trains. [ours]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; `auto` takes CUDA where there is one."""
 
@@ -332,17 +348,24 @@ class CacheConfig:
 
     features: bool = False
     """Keep what the frozen blocks put out for the devices' samples and use it in later rounds of the stage. Results
-    differ by rounding from those without. Not with `data.augment: crop_flip`, which has too many views."""
+    differ by rounding from those without. `data.augment: crop_flip` needs `data.views`, or it has no end of views."""
     budget_mib: NonNegativeFloat = 2048.0
-    """MiB of host memory that each rank may keep; what does not fit is calculated anew."""
+    """MiB of host memory that each rank may keep; what does not fit goes to `dir`, or is calculated anew."""
+    dir: str | None = None
+    """A folder on a disk of each host for what is over `budget_mib`, such as a node's own scratch disk; none: no disk.
+    Its files have no names and go with the process."""
+    disk_mib: NonNegativeFloat = 65_536.0
+    """MiB of `dir` that each rank may use."""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)
 class EvalConfig:
     """How the network is judged on the test data."""
 
-    every_rounds: Positive = 1
-    """Rounds between two evaluations; the last round of a stage is always evaluated."""
+    every_rounds: Positive = 5
+    """Rounds between two evaluations on all the test data; the last round of a stage always has one."""
+    samples: Positive | None = None
+    """Test samples, drawn once by the seed, on which the other rounds are evaluated; none: they are not."""
     batch_size: Positive = 256
     """Samples a batch; evaluation is the server's work and runs outside the caps."""
 
@@ -433,6 +456,9 @@ BEFORE = {"method.start": "anew", "model.memory_format": "contiguous"}
 
 # A resumed run may differ in these sections only; anything else would make it another run.
 RESUME_MAY_DIFFER = ("comm", "checkpoint", "track")
+
+# Of the section cache, what decides where features are, not what they are.
+CACHE_MAY_DIFFER = ("budget_mib", "dir", "disk_mib")
 
 # Where the data lies and how it is found there: a resumed run may have it elsewhere, and what it holds decides.
 WHERE_DATA_LIES = ("path", "cache_dir", "subset", "revision", "image_column", "label_column")

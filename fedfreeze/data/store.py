@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -152,9 +153,23 @@ def open_store(folder: Path) -> Data:
 
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Turn uint8 (batch, channels, height, width) into float32 of zero mean and unit variance a channel."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
+    scale, shift = (_kept if images.is_cuda else _scale_and_shift)(mean, std, images.device)
     return images.float().mul_(scale).sub_(shift)
+
+
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)[:, None, None]
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device)[:, None, None]
+    return scale, shift
+
+
+@lru_cache(maxsize=8)
+def _kept(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same, made once: each copy to a GPU waits for what is queued there."""
+    with torch.inference_mode(False):  # they are used in training, too, whoever asks first
+        return _scale_and_shift(mean, std, device)
 
 
 def _write_store(streams: dict[str, Iterator[Sample]], folder: Path) -> None:

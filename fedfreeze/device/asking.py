@@ -89,7 +89,7 @@ class Asker:
         self.begin(samples)
         batches = plain_batches(self.data, samples, self.batch_size, self.device)
         try:
-            with self.cap.device(cap_bytes) as memory:
+            with self.cap.device(cap_bytes, (*self.kind, len(samples))) as memory:
                 return self.probe.ask(memory, self.kind, batches)
         except DeviceOutOfMemoryError:
             return None

@@ -1,4 +1,4 @@
-"""Memory caps that hold: tensor bytes counted under the operations on CPU, the allocator's limit on a GPU."""
+"""Memory caps that hold: tensor bytes counted under the operations on CPU; cuda_cap.py has those on a GPU."""
 
 import weakref
 from abc import ABC, abstractmethod
@@ -107,22 +107,30 @@ class DeviceMemory:
 
 
 class MemoryCap(ABC):
-    """One interface for both ways to hold a device to its cap; one object a rank and stage."""
+    """One interface for both ways to hold a device to its cap; one object a rank."""
 
     name: str
     """What enforces, as summary.json says it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self._known_peaks: dict[Hashable, int] = {}
 
     @contextmanager
     @abstractmethod
-    def device(self, cap_bytes: int | None) -> Iterator[DeviceMemory]:
-        """Emulate one device inside; `cap_bytes` None: no cap, measure only. Raises DeviceOutOfMemoryError."""
+    def device(self, cap_bytes: int | None, kind: Hashable = None) -> Iterator[DeviceMemory]:
+        """Emulate one device inside; `cap_bytes` None: no cap, measure only. Raises DeviceOutOfMemoryError.
+
+        `kind` tells devices apart whose memory may differ (stage, number of samples); None: it is measured in any case.
+        """
 
     @abstractmethod
     def begin_stage(self) -> None:
         """Note what the process holds before any tensor of the stage's device is made; it comes on top of each cap."""
+
+    @contextmanager
+    def on_top(self) -> Iterator[None]:
+        """Have what is allocated inside, and stays, come on top of each cap: it is the emulator's, or a library's."""
+        yield
 
     def step(
         self,
@@ -162,7 +170,7 @@ class CountedCap(MemoryCap):
     counts_enforce = True
 
     @contextmanager
-    def device(self, cap_bytes: int | None) -> Iterator[DeviceMemory]:
+    def device(self, cap_bytes: int | None, kind: Hashable = None) -> Iterator[DeviceMemory]:
         """See MemoryCap."""
         memory = DeviceMemory(cap_bytes)
         try:
@@ -174,69 +182,19 @@ class CountedCap(MemoryCap):
         """See MemoryCap. On CPU only what a step adopts is counted, so there is nothing to note."""
 
 
-class CudaFractionCap(MemoryCap):
-    """GPU: the caching allocator refuses to reserve more than the cap, by the per-process memory fraction.
-
-    It counts reserved segments, so rounding (2 and 20 MiB steps) and fragmentation count; the CUDA context and NCCL's
-    buffers do not. What the emulator itself held at `begin_stage` comes on top of each device's cap.
-    """
-
-    name = "cuda_memory_fraction"
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.cuda_device = device
-        self.total_bytes = torch.cuda.get_device_properties(device).total_memory
-        self.emulator_bytes = 0
-
-    def begin_stage(self) -> None:
-        """See MemoryCap."""
-        self._known_peaks.clear()
-        torch.cuda.synchronize(self.cuda_device)
-        torch.cuda.empty_cache()
-        self.emulator_bytes = torch.cuda.memory_reserved(self.cuda_device)
-
-    @contextmanager
-    def device(self, cap_bytes: int | None) -> Iterator[DeviceMemory]:
-        """See MemoryCap."""
-        memory = DeviceMemory(cap_bytes)
-        torch.cuda.synchronize(self.cuda_device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.cuda_device)
-        if cap_bytes is not None:
-            allowed = min(1.0, (self.emulator_bytes + cap_bytes) / self.total_bytes)
-            torch.cuda.set_per_process_memory_fraction(allowed, self.cuda_device)
-            if torch.cuda.memory_reserved(self.cuda_device) > self.emulator_bytes + cap_bytes:
-                # the limit is only asked at the next reservation: what is held already must be checked here
-                held = torch.cuda.memory_reserved(self.cuda_device) - self.emulator_bytes
-                torch.cuda.set_per_process_memory_fraction(1.0, self.cuda_device)
-                raise DeviceOutOfMemoryError("load", held, cap_bytes)
-        try:
-            yield memory
-        except DeviceOutOfMemoryError:
-            raise
-        except torch.OutOfMemoryError as error:
-            if cap_bytes is None:
-                raise
-            reserved = torch.cuda.max_memory_reserved(self.cuda_device) - self.emulator_bytes
-            raise DeviceOutOfMemoryError(_cuda_request(str(error)), reserved, cap_bytes) from None
-        finally:
-            torch.cuda.synchronize(self.cuda_device)
-            memory.peak_bytes = max(0, torch.cuda.max_memory_reserved(self.cuda_device) - self.emulator_bytes)
-            torch.cuda.set_per_process_memory_fraction(1.0, self.cuda_device)
-
-
-def _cuda_request(message: str) -> str:
-    """Return what the allocator says it was asked for, as the operation's name is not known there."""
-    start = message.find("Tried to allocate")
-    return "an allocation" if start < 0 else message[start:].split(".  ")[0].split(". ")[0].lower()
-
-
 def enforcer_name(device: torch.device) -> str:
     """Return what holds devices to their caps on a compute device, as summary.json says it."""
-    return CudaFractionCap.name if device.type == "cuda" else CountedCap.name
+    return _enforcer(device).name
 
 
 def make_cap(device: torch.device) -> MemoryCap:
     """Return the enforcer for a compute device."""
-    return CudaFractionCap(device) if device.type == "cuda" else CountedCap()
+    return _enforcer(device)(device)
+
+
+def _enforcer(device: torch.device) -> type[MemoryCap]:
+    if device.type == "cpu":
+        return CountedCap
+    from fedfreeze.device.cuda_cap import CudaFractionCap  # here: it builds on what stands above
+
+    return CudaFractionCap

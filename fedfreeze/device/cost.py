@@ -52,6 +52,8 @@ class StageCost:
     """Parameters of what is frozen when the stage ends: the active block, or the first of several."""
     frozen_elements: int
     """Floats of the frozen prefix, sent down once to a device that lacks them."""
+    feature_bytes: int = 0
+    """What the frozen prefix puts out for one image; 0: nothing is frozen."""
     batch_norm: bool = False
     """Whether it normalises over the batch, which one sample is too few for."""
 
@@ -229,6 +231,7 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
         trainer, images, labels = _one_step(stage, config.train, image_shape)
         step_flops = count_flops(lambda: trainer.step(images, labels))
         frozen_flops = count_flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
+        features = stage.frozen_forward(images).numel() * FLOAT_BYTES // len(images) if len(stage.frozen) else 0
         stage.eval()
         with torch.no_grad():
             forward_flops = count_flops(lambda: stage(images))
@@ -241,14 +244,26 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
         trained_elements=len(stage.flat),
         watched_parameters=stage.watched_parameters,
         frozen_elements=stage.frozen_elements,
+        feature_bytes=features,
         batch_norm=has_batch_norm(stage),
     )
 
 
 def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> int:
-    """Return the peak of live tensor bytes in one training step of a stage; tensors may have shapes only."""
+    """Return the peak of live tensor bytes in one training step of a stage; tensors may have shapes only.
+
+    With `train.prefix: stored` it is that of a step behind the frozen blocks, or of their forward pass if that is more.
+    """
     trainer, images, labels = _one_step(stage, train, image_shape)
-    return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+    if train.prefix != "stored" or not len(stage.frozen):
+        return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+    filling = count_peak(lambda: stage.frozen_forward(images), [*stage.frozen_tensors(), images])
+    found = stage.frozen_forward(images)
+
+    def read() -> torch.Tensor:
+        return torch.empty_strided(found.shape, found.stride()).copy_(found)
+
+    return max(filling, count_peak(lambda: trainer.step_behind(read, labels), [*trainer.held_behind(), labels]))
 
 
 def _one_step(

@@ -8,19 +8,23 @@ import numpy as np
 import torch
 
 from fedfreeze.config.schema import Config
-from fedfreeze.data.batches import evaluation_batch, plain_batches, training_batches
+from fedfreeze.data.batches import drawn_batches, plain_batches, training_batches
 from fedfreeze.data.store import Data
 from fedfreeze.device.asking import Asker, samples_stay_apart
 from fedfreeze.device.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
-from fedfreeze.device.features import FeatureBatch, FrozenFeatures, can_be_kept
+from fedfreeze.device.evaluation import count_correct, evaluated_rows
+from fedfreeze.device.features import FeatureBatch, FrozenFeatures, draws_of, why_not_kept
+from fedfreeze.device.late import LateReport, Outcome, sum_late, told_later
+from fedfreeze.device.on_gpu import Held, held_for, warm_up
 from fedfreeze.device.probe import Probe
 from fedfreeze.errors import ConfigError
 from fedfreeze.messages import Assignment, DeviceReport, ProbePlan, RoundPlan
 from fedfreeze.methods import Method
 from fedfreeze.methods.aggregate import STATISTICS_LIMIT, UPDATE_LIMIT, UpdateSum, first_unusable
+from fedfreeze.network.flat import Slot
 from fedfreeze.network.stage import LocalTrainer, Stage, cannot_learn, has_batch_norm, sees_one_value
 from fedfreeze.plugins import own_code
-from fedfreeze.seeds import global_seed, numpy_generator, torch_generator
+from fedfreeze.seeds import global_seed, numpy_generator
 from fedfreeze.select import selector_class
 
 
@@ -58,11 +62,9 @@ class Emulator:
         self.features: FrozenFeatures | None = None
         """What the stage's frozen prefix puts out, where it is kept."""
         self.values: torch.Tensor
-        """The global values of the stage's flat buffer, the same bits on every rank.
-
-        They and the sum stay on the host, so that a GPU holds nothing but the device that is emulated: what its
-        allocator reserves is then what the cap is about.
-        """
+        """The global values of the stage's flat buffer, the same bits on every rank; on the compute device."""
+        self.held: Held | None = None
+        """On a GPU, what is the emulator's own there, on top of each cap: these values, the sum, a device's samples."""
 
     def enter_stage(self, index: int) -> None:
         """Build the stage's network; the values it starts from are those in the method's modules."""
@@ -74,19 +76,44 @@ class Emulator:
             # what the server needs for evaluation is not the devices': it lies under every cap
             self.stage = self.method.enter_stage(index, self.device)
             self.cap.begin_stage()
-        self.values = self.stage.flat.values().to("cpu", copy=True)
+        with self.cap.on_top():
+            if self.device.type != "cpu":
+                self._prepare_gpu()
+            self.values = self._mine("values", self.stage.flat.values().clone())
         self.in_stage = True
         self.has_batch_norm = has_batch_norm(self.stage)
-        self.features = None
-        if not self.method.counted and can_be_kept(self.stage, self.config, self.data.image_shape, self.device):
-            self.features = FrozenFeatures(self.stage, self.data, self.parts, self.config, self.device)
+        self.features = self._features()
+
+    @property
+    def stores(self) -> bool:
+        """Whether devices store what their frozen blocks put out."""
+        return self.config.train.prefix == "stored"
+
+    def _features(self) -> FrozenFeatures | None:
+        if self.method.counted or not len(self.stage.frozen) or not (self.stores or self.config.cache.features):
+            return None
+        if why_not_kept(self.stage, self.config, self.data.image_shape, self.device) is not None:
+            return None  # devices that store them were asked for this at the start (check_storable)
+        return FrozenFeatures(self.stage, self.data, self.parts, self.config, self.device)
+
+    def _prepare_gpu(self) -> None:
+        """Set aside what the emulator needs on the GPU, and warm its libraries; the stage's values stay as they are."""
+        flat, facts = self.stage.flat, (self.config, self.data, self.parts, self.device)
+        self.held = held_for(self.stage, *facts, counted=self.method.counted)
+        values = self.held.put("values", flat.values())
+        warm_up(self.stage, *facts, self.held.samples)
+        flat.load(values)
+
+    def _mine(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the emulator's: as it is on a CPU; on a GPU in its own memory, in place of the last."""
+        return tensor if self.held is None else self.held.put(name, tensor)
 
     def enter_level(self, level: int) -> None:
         """Build a sub-model of the stage, in place of the one before."""
         if level != self.level:
             self._drop_part()
             self._train_with(level, self.method.enter_level(self.stage.index, level, self.device))
-            self.part_start = self.part.flat.values().to("cpu", copy=True)
+            self.part_start = self._mine("part_start", self.part.flat.values().clone())
 
     def _train_with(self, level: int, part: Stage) -> None:
         self.level, self.part = level, part
@@ -103,7 +130,7 @@ class Emulator:
         self._drop_part()
         self.method.leave_stage(self.stage)
         self.in_stage = False
-        self.features = None
+        self.features = self.held = None
         del self.stage, self.values
 
     def settle(self) -> None:
@@ -113,17 +140,25 @@ class Emulator:
 
     def empty_update(self, plan: RoundPlan) -> UpdateSum:
         """Return the sum to which this rank's devices add."""
-        return self.method.empty_sum(self.stage, plan.fraction_bits)
+        update = self.method.empty_sum(self.stage, plan.fraction_bits)
+        if self.held is not None:
+            update.move(self.held.room)
+        return update
 
-    def train(self, assignment: Assignment, plan: RoundPlan, update: UpdateSum) -> DeviceReport:
-        """Train one device on its own data under its cap and add its update; a device that fails adds nothing."""
+    def train(self, assignments: Sequence[Assignment], plan: RoundPlan, update: UpdateSum) -> list[DeviceReport]:
+        """Train devices, each on its own data under its cap, and add their updates; one that fails adds nothing."""
+        begun = [self._train(assignment, plan, update) for assignment in assignments]
+        return [each.report(self.check) if isinstance(each, LateReport) else each for each in begun]
+
+    def _train(self, assignment: Assignment, plan: RoundPlan, update: UpdateSum) -> DeviceReport | LateReport:
+        """Train one device and add its update; on a GPU its report can be had when the next ones' work is queued."""
         rows = self.parts[assignment.device]
         reason = cannot_learn(len(rows), self.has_batch_norm)
         if reason is not None:
             return DeviceReport(assignment.device, len(rows), failed=reason)
         start, index = self._start_of(assignment.level, plan.round, rows)
         try:
-            report = self._train_locally(assignment, plan, rows, start)
+            losses, make = self._train_locally(assignment, plan, rows, start)
         except DeviceOutOfMemoryError as error:
             self.trainer.drop_gradients()
             return DeviceReport(
@@ -133,27 +168,39 @@ class Emulator:
             if not sees_one_value(error):
                 raise
             return DeviceReport(assignment.device, len(rows), failed="a batch too small for batch normalisation")
-        if report.failed is None:
-            change = self.part.flat.values().cpu() - start
-            if index is not None:
-                change[index < 0] = 0.0  # what is the device's alone is neither sent nor judged
-            # a method of the user's own may sum without room for large statistics
-            has_room = update.statistics_from < len(update.total)
-            statistics_from = self.part.flat.parameters if has_room else len(change)
-            beyond = first_unusable(change, statistics_from)
-            if beyond is not None:
-                return DeviceReport(assignment.device, len(rows), failed=self._diverged(change, beyond))
-            if index is not None:
-                change, index = change[index >= 0], index[index >= 0]
-            large = update.add(change, self.method.weight(len(rows)), index)
-            report = replace(report, large_statistics=large)
-        return report
+        # a method of the user's own may sum without room for large statistics
+        has_room = update.statistics_from < len(update.total)
+        statistics_from = self.part.flat.parameters if has_room else len(self.part.flat)
+        weight = self.method.weight(len(rows))
+        if self.held is not None:
+            change = self.part.flat.values() - start
+            return told_later(sum_late(update, change, losses, weight, index, statistics_from), make)
+        loss_sum, squared_loss_sum = losses.tolist()
+        outcome = Outcome(loss_sum, squared_loss_sum, 1.0, 0.0, 0.0, 0.0)
+        if not np.isfinite(outcome.loss_sum):
+            return make(outcome)
+        change = self.part.flat.values() - start
+        if index is not None:
+            change[index < 0] = 0.0  # what is the device's alone is neither sent nor judged
+        beyond = first_unusable(change, statistics_from)
+        if beyond is not None:
+            return make(outcome._replace(usable=0.0, position=beyond, value=float(change[beyond])))
+        if index is not None:
+            change, index = change[index >= 0], index[index >= 0]
+        return make(outcome._replace(large=update.add(change, weight, index)))
 
-    def _diverged(self, change: torch.Tensor, position: int) -> str:
-        """Say which tensor of the part has an element that cannot be summed."""
-        slot = next(slot for slot in self.part.flat.slots if position < slot.end)
-        limit = UPDATE_LIMIT if slot.is_parameter else STATISTICS_LIMIT
-        return f"diverged: {slot.path} is not a number, or changed by more than {limit:g} ({float(change[position]):g})"
+    def _reported(self, report: DeviceReport, slots: Sequence[Slot], samples: int, outcome: Outcome) -> DeviceReport:
+        """Return a device's report with its losses, or with why its update was not added."""
+        loss = outcome.loss_sum / max(1, report.steps)
+        reason = f"diverged: the training loss is {loss}"
+        if np.isfinite(loss):
+            if outcome.usable:
+                squared = outcome.squared_loss_sum / max(1, samples)
+                return replace(report, loss=loss, squared_loss=squared, large_statistics=bool(outcome.large))
+            slot = next(slot for slot in slots if outcome.position < slot.end)
+            limit = UPDATE_LIMIT if slot.is_parameter else STATISTICS_LIMIT
+            reason = f"diverged: {slot.path} is not a number, or changed by more than {limit:g} ({outcome.value:g})"
+        return DeviceReport(report.device, report.samples, failed=reason)
 
     def _start_of(self, level: int, round_number: int, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the values that a device starts from, and where they belong in the stage; None: they are all of it."""
@@ -163,8 +210,9 @@ class Emulator:
             return self.values, None
         self.enter_level(level)
         self.part.begin_device(labels)
-        index = self.method.part_index(self.stage, self.part, round_number, labels)
-        return torch.where(index >= 0, self.values[index.clamp(min=0)], self.part_start), index
+        index = self._mine("index", self.method.part_index(self.stage, self.part, round_number, labels))
+        start = torch.where(index >= 0, self.values[index.clamp(min=0)], self.part_start)
+        return self._mine("start", start), index
 
     def ask(self, plan: ProbePlan, rank: int) -> torch.Tensor:
         """Ask this rank's devices; return a row for each device of the plan, zero for those of other ranks.
@@ -202,50 +250,50 @@ class Emulator:
 
     def _train_locally(
         self, assignment: Assignment, plan: RoundPlan, rows: np.ndarray, start: torch.Tensor
-    ) -> DeviceReport:
+    ) -> tuple[torch.Tensor, Callable[[Outcome], DeviceReport]]:
+        """Train a device; return the sums of its losses and of their squares, (2,), and what makes its report."""
         config, key = self.config, (plan.round, assignment.device)
         steps = samples = 0
+        kind = (plan.stage, self.level, len(rows))
         # dropout and the like draw from torch's global generator
-        with self.cap.device(assignment.cap_bytes) as memory, global_seed(config.seed, "local training", *key):
+        with self.cap.device(assignment.cap_bytes, kind) as memory, global_seed(config.seed, "local training", *key):
             self.trainer.begin(start, plan.learning_rate)
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            for count, take in self._steps(memory, plan, assignment.device):
+            for count, take in self._steps(memory, plan, assignment):
                 self.check()
                 sums += take()
                 steps += 1
                 samples += count
-        loss = sums[0].item() / max(1, steps)
-        if not np.isfinite(loss):
-            return DeviceReport(assignment.device, len(rows), failed=f"diverged: the training loss is {loss}")
-        return DeviceReport(
+        report = DeviceReport(
             assignment.device,
             len(rows),
-            loss=loss,
-            squared_loss=sums[1].item() / max(1, samples),
             steps=steps,
             peak_bytes=memory.peak_bytes,
             tensor_peak_bytes=memory.tensor_peak_bytes,
         )
+        return sums, partial(self._reported, report, self.part.flat.slots, samples)
 
     def _steps(
-        self, memory: DeviceMemory, plan: RoundPlan, device: int
+        self, memory: DeviceMemory, plan: RoundPlan, assignment: Assignment
     ) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
         """Yield for each of a device's batches how many samples it has, and what trains on it."""
+        device, rows, train = assignment.device, self.parts[assignment.device], self.config.train
         if self.features is not None:
+            if assignment.stores:
+                self._store(memory, plan.stage, self.features.first_images(device))
             for batch in self.features.batches(device, plan.round):
                 yield len(batch.labels), partial(self._step_behind, memory, plan.stage, batch)
             return
-        config, key = self.config, (plan.round, device)
-        for images, labels in training_batches(
-            self.data,
-            self.parts[device],
-            batch_size=config.train.batch_size,
-            epochs=config.train.local_epochs,
-            augment=config.data.augment,
-            shuffle=torch_generator(config.seed, "shuffle", *key),
-            augmentation=torch_generator(config.seed, "augment", *key),
-            device=self.device,
-        ):
+        room = None if self.held is None else self.held.samples
+        drawn = drawn_batches(
+            self.config.data,
+            len(rows),
+            self.data.image_shape[1],
+            batch_size=train.batch_size,
+            epochs=train.local_epochs,
+            draws=draws_of(self.config, plan.stage, plan.round, device),
+        )
+        for images, labels in training_batches(self.data, rows, drawn, self.device, room):
             yield len(images), partial(self._step, memory, plan.stage, images, labels)
 
     def _step(self, memory: DeviceMemory, stage: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -256,11 +304,30 @@ class Emulator:
             lambda: self.trainer.step(images, labels),
         )
 
+    def _store(self, memory: DeviceMemory, stage: int, images: torch.Tensor) -> None:
+        """Run the frozen blocks on a batch as a device does that stores what they put out, for its memory alone."""
+        self.cap.step(
+            memory,
+            (stage, "stores", len(images)),
+            lambda: [*self.stage.frozen_tensors(), images],
+            lambda: self.stage.frozen_forward(images),
+            lambda: images,  # its memory is known
+        )
+
     def _step_behind(self, memory: DeviceMemory, stage: int, batch: FeatureBatch) -> torch.Tensor:
-        """Take a step on kept features; where the device's memory is counted, its prefix runs as on the device."""
+        """Take a step on kept features; where the device's memory is counted, the device's own way to come by them."""
+        kind = (stage, self.level, len(batch.labels))
+        if self.stores:
+            return self.cap.step(
+                memory,
+                kind,
+                lambda: [*self.trainer.held_behind(), batch.labels],
+                lambda: self.trainer.step_behind(batch.read_features, batch.labels),
+                lambda: self.trainer.step_behind(batch.features, batch.labels),
+            )
         return self.cap.step(
             memory,
-            (stage, self.level, len(batch.labels)),
+            kind,
             lambda: [*self.trainer.held_tensors(), batch.make_images(), batch.labels],
             lambda: self.trainer.step_behind(batch.counted_features, batch.labels),
             lambda: self.trainer.step_behind(batch.features, batch.labels),
@@ -269,15 +336,19 @@ class Emulator:
     def apply(self, update: UpdateSum, weight_sum: int) -> torch.Tensor:
         """Merge the summed updates into the global values and return the change."""
         before = self.values
+        if self.held is not None and type(self.method).merge is not Method.merge:
+            before, update = before.cpu(), update.on_host()  # which methods of users' own are promised
         name = self.config.method.name
         with own_code("method.name", name):  # the same on every rank, so all leave
-            self.values = self.method.merge(before, update, weight_sum)
-        if self.values.shape != before.shape or self.values.dtype != before.dtype:
+            merged = self.method.merge(before, update, weight_sum)
+        if merged.shape != before.shape or merged.dtype != before.dtype:
             raise ConfigError(
-                f"method.name: {name}.merge returned {self.values.dtype} of {tuple(self.values.shape)}, not "
+                f"method.name: {name}.merge returned {merged.dtype} of {tuple(merged.shape)}, not "
                 f"{before.dtype} of {tuple(before.shape)}"
             )
-        return self.values - before
+        change = merged - before
+        self.values = self._mine("values", merged)
+        return change
 
     def _take_statistics(self) -> None:
         """Put the global values into the network, and what the method's statistics add to them."""
@@ -287,28 +358,23 @@ class Emulator:
             rows = numpy_generator(self.config.seed, "statistics").choice(len(self.data.train), wanted, replace=False)
             batches = plain_batches(self.data, np.sort(rows), self.config.eval.batch_size, self.device)
             self.method.take_statistics(self.stage, (images for images, _ in batches))
-            self.values = self.stage.flat.values().to("cpu", copy=True)
+            self.values = self._mine("values", self.stage.flat.values().clone())
 
-    def count_correct(self, rank: int, world_size: int) -> int:
-        """Return how many test samples of this rank's batches the global network gets right.
+    def count_correct(self, rank: int, world_size: int, *, sampled: bool = False) -> tuple[int, int]:
+        """Return how many test samples of this rank's batches the global network gets right, and of how many in all.
 
-        Batches are cut the same way for any number of ranks, so their numbers do not depend on it. This is the
-        server's work: it runs outside the caps.
+        `sampled`: of the `eval.samples` alone.
         """
         self._take_statistics()
-        self.stage.eval()
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        size = self.config.eval.batch_size
-        with torch.inference_mode():
-            for batch in range(rank, -(-len(self.data.test) // size), world_size):
-                self.check()
-                correct += self._correct_of(batch * size, size)
-        return int(correct)
-
-    def _correct_of(self, start: int, size: int) -> torch.Tensor:
-        """Return how many of some test samples the network gets right, still on the device."""
-        if self.features is None:
-            images, labels = evaluation_batch(self.data, self.data.test, start, size, self.device)
-            return (self.stage(images).argmax(1) == labels).sum()
-        labels = torch.from_numpy(self.data.test.labels[start : start + size]).to(self.device)
-        return (self.stage.behind(self.features.of_test(start, size)).argmax(1) == labels).sum()
+        rows = evaluated_rows(self.config, len(self.data.test), sampled=sampled)
+        correct = count_correct(
+            self.stage,
+            self.data,
+            rows,
+            self.config.eval.batch_size,
+            rank=rank,
+            world_size=world_size,
+            features=self.features,
+            check=self.check,
+        )
+        return correct, len(rows)

@@ -1,50 +1,66 @@
 """What the frozen prefix puts out for devices' samples, kept from round to round of a stage, in which it stays. [ours]
 
-The emulated device is another matter: it calculates its prefix in every step, and its time and memory are charged so.
+The emulated device is another matter: it calculates its prefix in every step (`train.prefix: recomputed`), or stores
+what it puts out (`stored`); its time and memory are charged so, whatever is kept here.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedfreeze.config.schema import Config
-from fedfreeze.data.batches import VIEWS, evaluation_batch, flipped, plain_images, training_views
+from fedfreeze.data.batches import (
+    Changes,
+    Drawn,
+    Draws,
+    augmented,
+    drawn_batches,
+    evaluation_batch,
+    plain_images,
+    views_of_samples,
+)
 from fedfreeze.data.store import Data
+from fedfreeze.device.cost import trained_stage
+from fedfreeze.device.feature_store import FeatureStore
+from fedfreeze.errors import ConfigError
+from fedfreeze.methods import make_method, method_class
+from fedfreeze.network.blocks import build_network
 from fedfreeze.network.memory import is_channels_last
+from fedfreeze.network.probing import ImageShape
 from fedfreeze.network.stage import Stage
 from fedfreeze.seeds import global_seed, torch_generator
 from fedfreeze.units import FLOAT_BYTES, MIB
 
 
+def draws_of(config: Config, stage: int, round_number: int, device: int) -> Draws:
+    """Return the generators from which a device draws in a round."""
+    key = (round_number, device)
+    return Draws(
+        torch_generator(config.seed, "shuffle", *key),
+        torch_generator(config.seed, "augment", *key),
+        torch_generator(config.seed, "views", stage, device),
+    )
+
+
 @dataclass
 class _Kept:
-    """Features of one device's samples, by view and sample; which of them are there."""
+    """Features of one view of a device's samples; which of them are there."""
 
-    values: torch.Tensor
-    """(views, samples, *shape), the channels of images last where the prefix puts them out so."""
-    filled: torch.Tensor
-    """(views, samples)"""
+    array: np.ndarray
+    """(samples, *shape), the channels of images last where the prefix puts them out so."""
+    filled: np.ndarray
+    """(samples)"""
     channels_last: bool
 
-    def __post_init__(self) -> None:
-        self.array = self.values.numpy()
-        """The values; the same memory."""
-
-    def take(self, views: np.ndarray, samples: np.ndarray) -> torch.Tensor:
-        """Return features (batch, *shape), in memory as the prefix puts them out.
-
-        By numpy, past a count of tensors, which sees what torch does.
-        """
-        found = self.array[views, samples]
-        return torch.from_numpy(found.transpose(0, 3, 1, 2) if self.channels_last else found)
-
-    def put(self, views: torch.Tensor, samples: torch.Tensor, found: torch.Tensor) -> None:
-        """Take in features."""
-        self.values[views, samples] = found.permute(0, 2, 3, 1) if self.channels_last else found
-        self.filled[views, samples] = True
+    def put(self, begin: int, found: torch.Tensor) -> None:
+        """Take in features of samples from `begin` on."""
+        values = found.permute(0, 2, 3, 1) if self.channels_last else found
+        self.array[begin : begin + len(found)] = values.numpy()
+        self.filled[begin : begin + len(found)] = True
 
 
 @dataclass(frozen=True)
@@ -52,30 +68,42 @@ class FeatureBatch:
     """What the active block takes of a batch, and the images that it comes from; made when asked for."""
 
     owner: "FrozenFeatures"
-    kept: _Kept
+    kept: dict[int, _Kept]
+    """By view."""
     pixels: torch.Tensor
-    views: torch.Tensor
-    chosen: torch.Tensor
+    drawn: Drawn
     labels: torch.Tensor
     """On the device; the others are on the host."""
     places: tuple[np.ndarray, np.ndarray]
-    """`views` and `chosen` for numpy."""
+    """View and sample of each, for numpy."""
     made: list[torch.Tensor] = field(default_factory=list)
 
     def features(self) -> torch.Tensor:
-        """Return what the frozen prefix puts out, (batch, ...), on the device."""
-        return self.kept.take(*self.places).to(self.owner.device)
+        """Return what the frozen prefix puts out, (batch, ...), on the device.
+
+        By numpy, past a count of tensors, which sees what torch does; in memory as the prefix puts it out.
+        """
+        views, chosen = self.places
+        first = self.kept[int(views[0])]
+        found = first.array[chosen]
+        for view in set(views.tolist()) - {int(views[0])}:
+            found[views == view] = self.kept[view].array[chosen[views == view]]
+        return torch.from_numpy(found.transpose(0, 3, 1, 2) if first.channels_last else found).to(self.owner.device)
 
     def counted_features(self) -> torch.Tensor:
-        """Return the same where tensors are counted: with the device's own work and memory before."""
+        """Return the same where tensors are counted, as a device that calculates them: with their work and memory."""
         self.owner.stage.frozen_forward(self.made[0])
-        found = self.kept.take(*self.places)
+        return self.read_features()
+
+    def read_features(self) -> torch.Tensor:
+        """Return the same where tensors are counted, as a device that stores them."""
+        found = self.features()
         # strides of dimensions of length 1 say nothing, but decide how a convolution calculates
         return torch.empty_strided(found.shape, found.stride(), device=self.owner.device).copy_(found)
 
     def make_images(self) -> torch.Tensor:
         """Return the normalised images, (batch, channels, height, width), on the device, and hold them, as it does."""
-        self.made.append(self.owner.images(self.pixels[self.chosen], self.views))
+        self.made.append(self.owner.images(self.pixels[self.drawn.chosen], self.drawn.changes))
         return self.made[-1]
 
 
@@ -93,107 +121,149 @@ class FrozenFeatures:
         self.parts = parts
         self.config = config
         self.device = device
-        self.budget_bytes = int(config.cache.budget_mib * MIB)
-        self.used_bytes = 0
-        self._kept: dict[int, _Kept] = {}
-        self._test: dict[int, torch.Tensor] = {}
+        self.store = FeatureStore(0)  # if nothing is kept they are those of devices that store them, calculated anew
+        if config.cache.features:
+            folder = None if config.cache.dir is None else Path(config.cache.dir)
+            self.store = FeatureStore(int(config.cache.budget_mib * MIB), folder, int(config.cache.disk_mib * MIB))
+        self._kept: dict[tuple[int, int], _Kept] = {}
+        self._test: dict[bytes, torch.Tensor] = {}
 
     def batches(self, device: int, round_number: int) -> Iterator[FeatureBatch]:
         """Yield a device's training batches; draws are those that training without kept features makes."""
-        config, rows = self.config, self.parts[device]
-        key = (round_number, device)
-        drawn = list(
-            training_views(
-                len(rows),
-                batch_size=config.train.batch_size,
-                epochs=config.train.local_epochs,
-                augment=config.data.augment,
-                shuffle=torch_generator(config.seed, "shuffle", *key),
-                augmentation=torch_generator(config.seed, "augment", *key),
-            )
+        config, rows, height = self.config, self.parts[device], self.data.image_shape[1]
+        draws = draws_of(config, self.stage.index, round_number, device)
+        train = config.train
+        batches = drawn_batches(
+            config.data, len(rows), height, batch_size=train.batch_size, epochs=train.local_epochs, draws=draws
         )
-        kept = self._features(device, drawn)
+        drawn = list(batches)
         pixels = torch.from_numpy(np.array(self.data.train.images[rows]))
         labels = torch.from_numpy(self.data.train.labels[rows])
-        for chosen, views in drawn:
-            places = views.numpy(), chosen.numpy()
-            yield FeatureBatch(self, kept, pixels, views, chosen, labels[chosen].to(self.device), places)
+        kept = self._features(device, drawn, pixels)
+        for batch in drawn:
+            assert batch.views is not None
+            places = batch.views.numpy(), batch.chosen.numpy()
+            yield FeatureBatch(self, kept, pixels, batch, labels[batch.chosen].to(self.device), places)
 
-    def images(self, pixels: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+    def first_images(self, device: int) -> torch.Tensor:
+        """Return normalised images of a batch of a device's first samples, on the device."""
+        rows = self.parts[device][: self.config.train.batch_size]
+        return evaluation_batch(self.data, self.data.train, rows, self.device)[0]
+
+    def images(self, pixels: torch.Tensor, changes: Changes) -> torch.Tensor:
         """Return views of some pixels on the host as normalised images on the device."""
-        return plain_images(self.data, flipped(pixels.to(self.device), views.to(self.device)))
+        return plain_images(self.data, augmented(pixels.to(self.device), changes))
 
-    def of_test(self, start: int, size: int) -> torch.Tensor:
-        """Return the features of some test samples, on the device; the same batches each time."""
-        known = self._test.get(start)
+    def of_test(self, rows: np.ndarray) -> torch.Tensor:
+        """Return the features of some test samples, on the device; those of a batch that comes again are kept."""
+        key = rows.tobytes()
+        known = self._test.get(key)
         if known is None:
-            images, _ = evaluation_batch(self.data, self.data.test, start, size, self.device)
+            images, _ = evaluation_batch(self.data, self.data.test, rows, self.device)
             found = self.stage.frozen_forward(images)
-            needed = found.numel() * FLOAT_BYTES
-            if self.used_bytes + needed > self.budget_bytes:
+            last = is_channels_last(found)
+            array = self.store.room(found.permute(0, 2, 3, 1).shape if last else found.shape)
+            if array is None:
                 return found
-            self.used_bytes += needed
-            known = self._test[start] = found.to("cpu", copy=True)
+            room = torch.from_numpy(array)
+            known = self._test[key] = room.permute(0, 3, 1, 2) if last else room
+            known.copy_(found)
         return known.to(self.device, copy=True)  # a block may begin with an operation in place
 
-    def _features(self, device: int, drawn: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> _Kept:
-        """Return a device's features, with all that were drawn."""
-        rows = self.parts[device]
-        kept = self._kept.get(device)
-        wanted = torch.zeros(VIEWS[self.config.data.augment], len(rows), dtype=torch.bool)
-        for chosen, views in drawn:
-            wanted[views, chosen] = True
+    def _features(self, device: int, drawn: Sequence[Drawn], pixels: torch.Tensor) -> dict[int, _Kept]:
+        """Return a device's features by view, with all that were drawn."""
+        wanted: dict[int, np.ndarray] = {}
+        for batch in drawn:
+            assert batch.views is not None
+            for view in set(batch.views.tolist()):
+                of_view = wanted.setdefault(view, np.zeros(len(pixels), dtype=bool))
+                of_view[batch.chosen[batch.views == view].numpy()] = True
+        seed = self.config.seed
+        table = views_of_samples(
+            self.config.data,
+            len(pixels),
+            self.data.image_shape[1],
+            torch_generator(seed, "views", self.stage.index, device),
+        )
+        assert table is not None
+        return {view: self._view(device, view, of_view, pixels, table) for view, of_view in sorted(wanted.items())}
+
+    def _view(self, device: int, view: int, wanted: np.ndarray, pixels: torch.Tensor, table: Changes) -> _Kept:
+        """Return the features of one view of a device's samples, with all that are wanted."""
+        kept = self._kept.get((device, view))
+        size, count = self.config.train.batch_size, len(pixels)
         missing = wanted if kept is None else wanted & ~kept.filled
-        if kept is not None and not missing.any():
-            return kept
-        pixels = torch.from_numpy(np.array(self.data.train.images[rows]))
-        size = self.config.train.batch_size
-        for view, begin in itertools.product(range(len(wanted)), range(0, len(rows), size)):
-            if not missing[view, begin : begin + size].any():
+        for begin in range(0, count, size):
+            if not missing[begin : begin + size].any():
                 continue
             # always the same samples together, and as many: a last one that is not full takes some twice
-            samples = torch.arange(begin, begin + size) % len(rows)
-            found = self.stage.frozen_forward(self.images(pixels[samples], torch.full((size,), view))).cpu()
+            samples = torch.arange(begin, begin + size) % count
+            images = self.images(pixels[samples], table.at(torch.full((size,), view), samples))
+            found = self.stage.frozen_forward(images).cpu()
             if kept is None:
-                kept = self._make_room(device, wanted.shape, found)
-            real = samples[: len(rows) - begin]
-            kept.put(torch.full((len(real),), view), real, found[: len(real)])
+                kept = self._make_room((device, view), count, found)
+            kept.put(begin, found[: count - begin])
         assert kept is not None
         return kept
 
-    def _make_room(self, device: int, wanted: torch.Size, found: torch.Tensor) -> _Kept:
-        """Return room for a device's features; they are kept if the budget has as much left."""
+    def _make_room(self, key: tuple[int, int], count: int, found: torch.Tensor) -> _Kept:
+        """Return room for the features of a view; they are kept if the budgets have as much left."""
         last = is_channels_last(found)
-        shape = found.permute(0, 2, 3, 1).shape if last else found.shape
-        room = _Kept(torch.empty(*wanted, *shape[1:]), torch.zeros(wanted, dtype=torch.bool), last)
-        needed = room.values.numel() * FLOAT_BYTES
-        if self.used_bytes + needed <= self.budget_bytes:
-            self.used_bytes += needed
-            self._kept[device] = room
+        shape = (count, *(found.permute(0, 2, 3, 1) if last else found).shape[1:])
+        array = self.store.room(shape)
+        room = _Kept(np.empty(shape, dtype=np.float32) if array is None else array, np.zeros(count, dtype=bool), last)
+        if array is not None:
+            self._kept[key] = room
         return room
 
 
-def can_be_kept(stage: Stage, config: Config, image_shape: tuple[int, int, int], device: torch.device) -> bool:
-    """Tell whether a stage has features that can be kept: a prefix without chance, and a number of views. [ours]
+def check_storable(
+    config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any], device: torch.device
+) -> None:
+    """Raise ConfigError where devices are to store features (`train.prefix`) and a stage's cannot be stored."""
+    if config.train.prefix != "stored":
+        return
+    model = method_class(config).network(config.model, fitted)
+    method = make_method(config, build_network(model, image_shape, num_classes, config.seed), fitted)
+    for index in range(0 if method.counted else method.num_stages):
+        with trained_stage(config, method, index, 0, torch.device("cpu")) as stage:
+            reason = why_not_kept(stage, config, image_shape, device) if len(stage.frozen) else None
+        if reason is not None:
+            raise ConfigError(
+                f"train.prefix: devices cannot store the features of stage {index + 1}: {reason}; use "
+                "train.prefix=recomputed"
+            )
+
+
+def why_not_kept(stage: Stage, config: Config, image_shape: ImageShape, device: torch.device) -> str | None:
+    """Return why a stage's features cannot be kept; None: they can. [ours]
 
     A stage with a loss or a forward of its own may do something else with the images. What the prefix makes of an image
-    must not depend on the others, and hold no more memory than its values. Not on GPUs, where the cap is the
-    allocator's, and would not see what is left out.
+    must not depend on chance nor on the other images, and hold no more memory than its values. Not on GPUs, where the
+    cap is the allocator's, and would not see what is left out.
     """
     if device.type != "cpu":
-        return False
+        return "they are kept on CPUs only"
+    if not len(stage.frozen):
+        return "nothing is frozen"
+    if config.data.view_count is None:
+        return f"data.augment={config.data.augment} has no end of views (set data.views)"
     names = ("forward", "loss", "frozen_forward")
-    own = any(getattr(type(stage), name) is not getattr(Stage, name) for name in names)
-    if not config.cache.features or not len(stage.frozen) or own or config.data.augment not in VIEWS:
-        return False
+    if any(getattr(type(stage), name) is not getattr(Stage, name) for name in names):
+        return f"{type(stage).__name__} has a forward or a loss of its own"
     images = torch.rand(4, *image_shape, generator=torch_generator(0, "features")).to(device)
     found = []
     for number in range(2):
         with global_seed(number, "features"):
             found.append(stage.frozen_forward(images.clone()))
     one, other = found
-    if not torch.equal(one, other) or one.dtype != torch.float32 or len(one) != len(images):
-        return False
+    if not torch.equal(one, other):
+        return "the frozen blocks draw random numbers"
+    if one.dtype != torch.float32 or len(one) != len(images):
+        return f"the frozen blocks put out {one.dtype} of {tuple(one.shape)} for {len(images)} images"
     alone = stage.frozen_forward(images[:2].clone())
-    dense = one.untyped_storage().nbytes() == one.numel() * FLOAT_BYTES
-    return dense and torch.allclose(alone, one[:2], rtol=1e-3, atol=1e-4)
+    if not torch.allclose(alone, one[:2], rtol=1e-3, atol=1e-4):
+        return "what the frozen blocks make of an image depends on the others"
+    if one.untyped_storage().nbytes() != one.numel() * FLOAT_BYTES:
+        return "what the frozen blocks put out is a part of something larger"
+    return None

@@ -1,6 +1,12 @@
 """The order-free sum of the devices' updates: fixed-point int64, so that any order gives the same bits."""
 
+from collections.abc import Callable
+from copy import copy
+
 import torch
+
+# Gives memory for a named tensor of that many elements of a type, on the device where the sum is to be.
+Room = Callable[[str, int, torch.dtype], torch.Tensor]
 
 # Larger changes of a single scalar in one round count as divergence; the bound leaves the rest of 63 bits to precision.
 UPDATE_LIMIT = 1024.0
@@ -48,6 +54,22 @@ class UpdateSum:
         self.statistics_from = elements if statistics_from is None else statistics_from
         self.over: torch.Tensor | None = None
         """Sum, for the statistics, of whole multiples of UPDATE_LIMIT; None: there are none."""
+        self._room: Room = lambda name, count, dtype: torch.empty(count, dtype=dtype)
+
+    def move(self, room: Room) -> None:
+        """Have a sum to which nothing was added lie elsewhere, such as on a GPU."""
+        self._room = room
+        self.total = room("total", len(self.total), self.total.dtype).zero_()
+        if self.count is not None:
+            self.count = room("count", len(self.count), self.count.dtype).zero_()
+
+    def on_host(self) -> "UpdateSum":
+        """Return the same sum in host memory."""
+        found = copy(self)
+        found.total = self.total.cpu()
+        found.count = None if self.count is None else self.count.cpu()
+        found.over = None if self.over is None else self.over.cpu()
+        return found
 
     def add(self, update: torch.Tensor, weight: int, index: torch.Tensor | None = None) -> bool:
         """Add one device's update (flat float32); `index` says where its elements belong, None: everywhere.
@@ -76,6 +98,53 @@ class UpdateSum:
                 self.count.index_add_(0, index, torch.full_like(index, weight))
         return large
 
+    def add_if(
+        self, usable: torch.Tensor, update: torch.Tensor, weight: int, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Add one device's update as `add` does, if `usable`, (), bool, on the sum's device: nothing waits for it.
+
+        Where `index` is -1, an element is the device's alone. Return whether it needed the second sum, (), bool.
+        """
+        update = torch.where(usable, update, 0.0)  # what is no number must not become a whole one
+        share: int | torch.Tensor = weight
+        if index is not None:
+            sent = index >= 0
+            update = torch.where(sent, update, 0.0)
+            share, index = weight * sent, index.clamp(min=0)
+        large = torch.zeros_like(usable)
+        if self.exact:
+            scaled = update.double().mul_(2.0**self.bits).round_()
+            if self.statistics_from < len(self.total):
+                large = self._add_over_if_large(update, scaled, share, index)
+            term = scaled.to(torch.int64) * share
+        else:
+            term = update * share
+        if index is None:
+            self.total += term
+        else:
+            self.total.index_add_(0, index, term)
+        if self.count is not None:
+            counted = usable * share
+            if index is None:
+                self.count += counted
+            else:
+                self.count.index_add_(0, index, counted)
+        return large
+
+    def _add_over_if_large(
+        self, update: torch.Tensor, scaled: torch.Tensor, share: int | torch.Tensor, index: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Do what `_add_over` does if a statistic is beyond UPDATE_LIMIT, and return whether one is, (), bool."""
+        places = torch.arange(len(scaled), device=scaled.device) if index is None else index
+        statistics = places >= self.statistics_from
+        large = (statistics & (update.abs() > UPDATE_LIMIT)).any()
+        step = UPDATE_LIMIT * 2.0**self.bits
+        multiples = torch.where(statistics & large, torch.trunc(scaled / step), 0.0)
+        scaled.sub_(multiples * step)
+        term = multiples.to(torch.int64) * share
+        self.make_over().index_add_(0, (places - self.statistics_from).clamp(min=0), term)
+        return large
+
     def _add_over(self, scaled: torch.Tensor, weight: int, index: torch.Tensor | None) -> None:
         """Take whole multiples of UPDATE_LIMIT out of scaled statistics, in place, and add them to `over`."""
         step = UPDATE_LIMIT * 2.0**self.bits
@@ -89,7 +158,7 @@ class UpdateSum:
     def make_over(self) -> torch.Tensor:
         """Return the sum of what is over, zero where nothing was added."""
         if self.over is None:
-            self.over = torch.zeros(len(self.total) - self.statistics_from, dtype=torch.int64)
+            self.over = self._room("over", len(self.total) - self.statistics_from, torch.int64).zero_()
         return self.over
 
     def tensors(self, *, over: bool = False) -> list[torch.Tensor]:
@@ -99,8 +168,8 @@ class UpdateSum:
 
     def mean(self, weight_sum: int) -> torch.Tensor:
         """Return the weighted mean update, float32; zero where no device contributed."""
-        weights = self.count.double() if self.count is not None else torch.tensor(weight_sum, dtype=torch.float64)
         total = self.total.double()
+        weights = total.new_tensor(weight_sum) if self.count is None else self.count.double()
         if self.over is not None:
             total[self.statistics_from :] += self.over.double() * (UPDATE_LIMIT * 2.0**self.bits)
         if self.exact:

@@ -195,7 +195,7 @@ class WidthScaled(Method):
     def enter_level(self, index: int, level: int, device: torch.device) -> Stage:
         """See Method."""
         width = self.widths[level]
-        # not always as the whole lies: a narrow one may have to be contiguous
+        # a narrow one may lie otherwise than the whole network does (memory.py); places are by the names of elements
         laid: Literal["auto", "contiguous"] = "auto" if self.blocked.channels_last else "contiguous"
         model = replace(scaled(self.config.model, width), memory_format=laid)
         blocked = build_network(model, self.blocked.image_shape, self.blocked.num_classes, self.config.seed)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from fedfreeze.config.schema import ModelConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.network.chain import Link, chain_of
-from fedfreeze.network.memory import gains, lay_channels_last, overruns, takes_channels_last
+from fedfreeze.network.memory import gains, lay_channels_last, spoils, takes_channels_last
 from fedfreeze.network.models import MODELS
 from fedfreeze.network.modes import Block, Exceptions, exceptions_of
 from fedfreeze.network.own_network import make_fake, own_network
@@ -149,8 +149,13 @@ def _laid(outline: Outline, config: ModelConfig, takes: bool | None = None, veri
     wanted = config.memory_format
     if wanted == "contiguous" or (wanted == "auto" and not gains(outline.network)):
         return outline
-    if overruns(outline.network):
-        takes = False
+    if spoils(outline.network):
+        if wanted == "auto":
+            return outline
+        raise ConfigError(
+            "model.memory_format: with channels_last torch spoils its own memory in 1x1 convolutions with a stride "
+            "over fewer than 16 channels, as the network has; use contiguous, or a larger model.width"
+        )
     if takes is None:
         if verified_as not in _takes_channels_last:
             parts = [(link.module, shape) for link, shape in zip(outline.links[1:], outline.shapes, strict=False)]
@@ -161,7 +166,7 @@ def _laid(outline: Outline, config: ModelConfig, takes: bool | None = None, veri
             return outline
         raise ConfigError(
             "model.memory_format: the network fails with channels_last, as one does that calls view where reshape "
-            "would do, has group normalisation, or strided 1x1 convolutions of fewer than 16 channels; use contiguous"
+            "would do, or has group normalisation; use contiguous"
         )
     lay_channels_last(outline.network)
     return replace(outline, channels_last=True)

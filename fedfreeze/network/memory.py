@@ -18,6 +18,10 @@ from fedfreeze.seeds import global_seed
 # Below this many convolutions over neighbouring pixels it gains nothing.
 _CONVOLUTIONS = 2
 
+# Of fewer channels than oneDNN takes at a time (8 by AVX2, 16 by AVX-512), a 1x1 convolution with a stride writes past
+# its workspace in the backward pass when they lie last: wrong gradients, or the end of the process (oneDNN issue 6035).
+_NARROW_CHANNELS = 16
+
 
 def is_channels_last(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor (out, in, height, width) lies channels last, and not both ways at once."""
@@ -43,31 +47,31 @@ def gains(network: nn.Module) -> bool:
     return len(convolutions) >= _CONVOLUTIONS
 
 
-# Channels of a block in oneDNN's kernels, of a processor with AVX-512.
-_BLOCK = 16
-
-
-def overruns(network: nn.Module) -> bool:
-    """Tell whether torch would write past the end of memory in a network's backward pass, channels last.
-
-    So it does (2.13, by oneDNN) in a strided convolution over single pixels that takes fewer channels than a block of
-    its kernels has: seen with fewer than 8 on a processor with AVX2, whose blocks have 8.
-    """
+def spoils(network: nn.Module) -> bool:
+    """Tell whether a network has a convolution that torch spoils memory with when its channels lie last."""
     return any(
-        isinstance(module, nn.Conv2d)
-        and max(module.kernel_size) == 1 < max(module.stride)
-        and module.in_channels < _BLOCK
-        for module in network.modules()
+        _is_spoilt(module.weight, module.stride) for module in network.modules() if isinstance(module, nn.Conv2d)
     )
 
 
-class _WithoutGroupNorm(TorchFunctionMode):
-    """Fails where group normalisation is called, as a module or as a function."""
+def _is_spoilt(weight: torch.Tensor, stride: Any) -> bool:
+    strides = stride if isinstance(stride, Sequence) else [stride]
+    return tuple(weight.shape[2:]) == (1, 1) and max(strides) > 1 and weight.shape[1] < _NARROW_CHANNELS
+
+
+class _WithoutFaults(TorchFunctionMode):
+    """Fails where something is called that torch does wrong when channels lie last, as a module or as a function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "group_norm" in getattr(func, "__name__", ""):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if "group_norm" in name:
             raise RuntimeError("group normalisation")
-        return func(*args, **(kwargs or {}))
+        if name in ("conv2d", "convolution"):
+            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+            stride = kwargs.get("stride", args[3] if len(args) > 3 else 1)
+            if weight is not None and weight.dim() == 4 and _is_spoilt(weight, stride):
+                raise RuntimeError("a 1x1 convolution with a stride")
+        return func(*args, **kwargs)
 
 
 def takes_channels_last(
@@ -76,10 +80,10 @@ def takes_channels_last(
     """Tell whether a network runs with weights that lie so: a forward that calls `view` may not. It is tried.
 
     Not with group normalisation: where what comes in needs no gradient, as behind a frozen block, torch's backward pass
-    of it ends the process when that lies channels last (seen with 2.13).
+    of it ends the process when that lies channels last (seen with 2.13). Nor with what `spoils` memory.
     `parts`: modules and what each takes of one image; a surrogate before them may put out channels last in any case.
     """
-    with untouched(network), torch.enable_grad(), global_seed(0, "memory format"), _WithoutGroupNorm():
+    with untouched(network), torch.enable_grad(), global_seed(0, "memory format"), _WithoutFaults():
         try:
             _lay(network, torch.channels_last)
             for mode in (True, False):

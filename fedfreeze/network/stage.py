@@ -97,11 +97,19 @@ class Stage(nn.Module):
         """Return what a device holds between steps: all parameters and buffers of the stage."""
         return [*self.parameters(), *self.buffers()]
 
+    def trained_tensors(self) -> list[torch.Tensor]:
+        """Return of them those that are not frozen blocks'."""
+        parts = (self.active, self.output_module)
+        return list({id(t): t for part in parts for t in (*part.parameters(), *part.buffers())}.values())
+
+    def frozen_tensors(self) -> list[torch.Tensor]:
+        """Return parameters and buffers of the frozen blocks."""
+        return [*self.frozen.parameters(), *self.frozen.buffers()]
+
     @property
     def frozen_elements(self) -> int:
         """Number of float elements of the frozen prefix."""
-        tensors = [*self.frozen.parameters(), *self.frozen.buffers()]
-        return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+        return sum(tensor.numel() for tensor in self.frozen_tensors() if tensor.is_floating_point())
 
 
 class WholeStage(Stage):
@@ -263,3 +271,7 @@ class LocalTrainer:
     def held_tensors(self) -> list[torch.Tensor]:
         """Return what a device holds between steps."""
         return [*self.stage.held_tensors(), self.momentum]
+
+    def held_behind(self) -> list[torch.Tensor]:
+        """Return what a device holds between steps that has stored what its frozen blocks put out."""
+        return [*self.stage.trained_tensors(), self.momentum]

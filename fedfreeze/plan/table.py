@@ -32,8 +32,12 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
     costs = measure_costs(config, data.image_shape, data.num_classes, fitted)
     rows = plan_rows(costs, fleet)
     parts = summarise(partition_of(data, config), data)
-    seconds = round_seconds(EmulatedClock(fleet, parts.samples.tolist(), costs, config.train), costs, fleet)
+    views = config.data.view_count or 1
+    clock = EmulatedClock(fleet, parts.samples.tolist(), costs, config.train, views)
+    seconds = round_seconds(clock, costs, fleet)
+    stored = views * int(parts.samples.max()) if config.train.prefix == "stored" else 0
     for row in rows:
+        row["flash_mib"] = stored * row["feature_kib"] / 1024
         if row["stage"] is not None:
             row |= seconds[row["stage"]]
     if partition_picture is not None:
@@ -48,11 +52,17 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
     too_few = f"; {few} devices have fewer than {least}, too few to train" if few else ""
     every = min(len(fleet.eligible(needed)) for needed in costs.needed_bytes)
     samples, labels = parts.samples, parts.labels
+    frozen = (
+        "flash: what the device with most samples stores of\n"
+        f"its frozen blocks, which it runs once a stage for {views} view{'s' * (views > 1)} of each sample;"
+        if stored
+        else "frozen: share of a step's FLOPs\nspent in the frozen prefix;"
+    )
     times = ", ".join(f"{_time(stage['round_s_median'])} ({_time(stage['round_s_slowest'])})" for stage in seconds)
     console.print(
         f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
-        "peak: tensor bytes of one training step; frozen: share of a step's\n"
-        "FLOPs spent in the frozen prefix; up: what a device sends a round. Nothing was trained.\n"
+        f"peak: tensor bytes of one training step; {frozen}\n"
+        "up: what a device sends a round. Nothing was trained.\n"
         f"emulated time of a round, median device that can join (slowest), by stage:\n{times}\n"
         f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}{too_few}; "
         f"labels a device: {labels.min()} to {labels.max()} of {data.num_classes}",
@@ -216,7 +226,9 @@ def _title(config: Config, data: Data, fleet: Fleet) -> str:
 def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
     """Return what the stages cost as a table for a terminal."""
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline", title_justify="left")
-    for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", "frozen", "up MiB", "eligible"):
+    stores = any(row.get("flash_mib") for row in rows)
+    once = "flash MiB" if stores else "frozen"
+    for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", once, "up MiB", "eligible"):
         table.add_column(heading, justify="left" if heading == "blocks" else "right", overflow="fold")
     for row in rows:
         table.add_row(
@@ -224,8 +236,8 @@ def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
             row["blocks"],
             f"{row['memory_mib']:.2f}",
             f"{row['memory_share']:.0%}",
-            f"{row['step_gflop']:.2f}",
-            f"{row['frozen_gflop'] / row['step_gflop']:.0%}",
+            f"{row['step_gflop'] - stores * row['frozen_gflop']:.2f}",
+            f"{row['flash_mib']:.2f}" if stores else f"{row['frozen_gflop'] / row['step_gflop']:.0%}",
             f"{row['upload_mib']:.2f}",
             str(row["eligible"]),
         )
@@ -258,6 +270,7 @@ def _row(stage: int | None, level: int | None, cost: StageCost, full: StageCost,
         "frozen_gflop": cost.frozen_flops / 1e9,
         "upload_mib": cost.bytes_up / MIB,
         "frozen_mib": cost.frozen_elements * FLOAT_BYTES / MIB,
+        "feature_kib": cost.feature_bytes / 1024,
         "elements_reduced": cost.trained_elements,
         "eligible": len(fleet.eligible(cost.memory_bytes)),
     }

@@ -33,7 +33,13 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     # or torch's own lines, stack traces among them, come before ours where ranks do not find each other
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        from fedfreeze.run.session import note_exit_code, run_rank  # here: a mistake is told without importing torch
+        from fedfreeze.compute import (
+            check_can_fork,
+            cuda_not_started,
+        )  # here: a mistake is told without importing torch
+
+        with cuda_not_started():
+            from fedfreeze.run.session import note_exit_code, run_rank
 
         set_handler(signal.SIGINT, interrupt_once())
         if nproc > 1:
@@ -42,6 +48,7 @@ def _run(config: Config, options: argparse.Namespace) -> int:
                 preemption.install()  # in its own main thread, which a thread of the parent's may have forked
                 return run_rank(config, run_dir, local, preemption)
 
+            check_can_fork(config.train.device, nproc)
             code = run_local_ranks(nproc, local_rank)
             note_exit_code(run_dir, code)
             return code

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch
 
 from fedfreeze.comm.ranks import Ranks
 from fedfreeze.config.schema import Config, code_named
-from fedfreeze.data.batches import VIEWS
 from fedfreeze.data.identity import Identity, identify, is_same
 from fedfreeze.data.partition import partition_of
 from fedfreeze.data.partition_summary import summarise
 from fedfreeze.data.store import Data, open_store, prepare
 from fedfreeze.device.cost import fit_method, measure_costs
 from fedfreeze.device.emulator import Emulator
+from fedfreeze.device.feature_store import check_folder
+from fedfreeze.device.features import check_storable
+from fedfreeze.device.trial import model_on, with_reserved
 from fedfreeze.errors import (
     ConfigError,
     DataError,
@@ -73,6 +76,7 @@ class Experiment:
         self.history = history
         self.preemption = preemption
         self._unsaved: Unsaved | None = None
+        self._cache_noted = False
         self.coordinator: Coordinator | None = None
         self.store = ranks.together(lambda: prepare(config.data))
         self.data: Data = ranks.together(lambda: open_store(self.store))
@@ -81,7 +85,9 @@ class Experiment:
         fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
         self.fitted: dict[str, Any] = ranks.decide(lambda: self._fit(fleet))
         # before the network is built: what no device can hold may not fit this machine either
-        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts]))
+        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts], device))
+        ranks.decide(lambda: self._check_storable(device))
+        ranks.together(self._check_cache)
         self.method = ranks.together(partial(self._build, device))
         self.emulator = Emulator(config, self.data, parts, self.method, device, self._check)
         self.window = PerturbationWindow(config.pace.window)
@@ -103,9 +109,7 @@ class Experiment:
         return identity
 
     def _build(self, device: torch.device) -> Method:
-        model = method_class(self.config).network(self.config.model, self.fitted)
-        if model.memory_format == "auto" and device.type != "cpu":
-            model = replace(model, memory_format="contiguous")  # what GPUs gain by it has not been measured
+        model = model_on(self.config, self.fitted, device)
         blocked = build_network(model, self.data.image_shape, self.data.num_classes, self.config.seed)
         method = make_method(self.config, blocked, self.fitted)
         with own_code("method.name", self.config.method.name):
@@ -118,12 +122,23 @@ class Experiment:
                     )
         return method
 
+    def _check_storable(self, device: torch.device) -> None:
+        check_storable(self.config, self.data.image_shape, self.data.num_classes, self.fitted, device)
+
+    def _check_cache(self) -> None:
+        cache = self.config.cache
+        if cache.features and cache.dir is not None:
+            check_folder(Path(cache.dir))
+
     def _fit(self, fleet: Fleet) -> dict[str, Any]:
         return fit_method(self.config, self.data.image_shape, self.data.num_classes, fleet.memory_cap_bytes)
 
-    def _make_coordinator(self, fleet: Fleet, samples: list[int]) -> None:
-        """On rank 0 alone: what a stage costs is predicted once, and everyone learns of it by the plans."""
-        costs = measure_costs(self.config, self.data.image_shape, self.data.num_classes, self.fitted)
+    def _make_coordinator(self, fleet: Fleet, samples: list[int], device: torch.device) -> None:
+        """On rank 0 alone: what a stage costs is found once, and everyone learns of it by the plans."""
+        facts = self.data.image_shape, self.data.num_classes, self.fitted
+        costs = measure_costs(self.config, *facts)
+        if device.type != "cpu":
+            costs = with_reserved(self.config, costs, *facts, device)
         world_size, paced = self.ranks.world_size, method_class(self.config).paced
         self.coordinator = Coordinator(self.config, fleet, samples, costs, world_size=world_size, paced=paced)
 
@@ -151,6 +166,7 @@ class Experiment:
             told = self.ranks.decide(partial(self._record, result, started, parts))
             verdict = result.verdict
             if verdict.end_stage is not None:
+                self._note_cache()
                 self.emulator.leave_stage()
                 if not verdict.stop:
                     stage += 1
@@ -162,7 +178,9 @@ class Experiment:
             if verdict.checkpoint or told["save"] or told["stop"] is not None:
                 self.ranks.decide(self._checkpoint)
             elif self.ranks.is_root:
-                self._unsaved = Unsaved(self._state(), self.emulator.values, list(self.window.updates))
+                # a GPU's values are overwritten in the next round, those of a CPU are not
+                values = self.emulator.values.cpu()
+                self._unsaved = Unsaved(self._state(), values, list(self.window.updates))
             self.preemption.round_ends()
             ended = verdict.stop
         self.ranks.decide(lambda: self._finish(stage))
@@ -213,9 +231,10 @@ class Experiment:
         self.reporter.start(self.config, self.coordinator, self.ranks, self.history, resumed=found is not None)
         with own_code("method.name", self.config.method.name):
             notices = self.method.notices()
-        if self.config.cache.features and self.config.data.augment not in VIEWS:
+        if self.config.cache.features and self.config.data.view_count is None:
             notices.append(
-                f"cache.features: nothing is kept, as data.augment={self.config.data.augment} has no end of views"
+                f"cache.features: nothing is kept, as data.augment={self.config.data.augment} has no end of views; "
+                "data.views gives it one"
             )
         for notice in notices:
             self.reporter.notice(notice)
@@ -288,6 +307,19 @@ class Experiment:
         reason = self.preemption.reason_to_drop() if self.ranks.is_root else None
         if reason is not None:
             raise PreemptedError(reason)
+
+    def _note_cache(self) -> None:
+        """Say once if features of a stage that ends found no room."""
+        features = self.emulator.features
+        if features is None or not features.store.refused or self._cache_noted:
+            return
+        self._cache_noted = True
+        disk = "raise it" if self.config.cache.dir is None else "raise it or cache.disk_mib"
+        self.reporter.notice(
+            f"cache.budget_mib: {self.config.cache.budget_mib:g} MiB a rank were too few for the features of stage "
+            f"{self.emulator.stage.index + 1}, the rest was calculated anew; {disk}"
+            + (", or name a folder on a disk in cache.dir" if self.config.cache.dir is None else "")
+        )
 
     def _between_rounds(self) -> dict[str, Any]:
         """On rank 0 alone: whether the run shall leave or save now, for all ranks."""

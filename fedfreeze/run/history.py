@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ class History:
             "failed": {str(report.device): report.failed for report in result.reports if report.failed is not None},
             "train_loss": train_loss(result.reports),
             "accuracy": result.accuracy,
+            "accuracy_sampled": result.accuracy_sampled,
             "sparse": verdict.sparse,
             "perturbation": verdict.perturbation,
             "slope": verdict.slope,
@@ -140,6 +141,7 @@ class History:
             "emulated_s": clock.emulated_s,
             "probe_s": clock.probe_s,
             "wall_s": wall_s,
+            "imbalance": imbalance(result.train_s),
             "parts_s": rounded(parts.wall_s),
             "parts_processor_s": rounded(parts.processor_s),
         }
@@ -263,6 +265,12 @@ class History:
         self.wall_before_s = state["wall_s"]
         self.tracker.load_state_dict(state["tracker"])
         self.started = time.monotonic()
+
+
+def imbalance(train_s: Sequence[float]) -> float:
+    """Return the busiest rank's seconds over the mean of all: 1 where none waits for another."""
+    mean = sum(train_s) / len(train_s)
+    return round(max(train_s) / mean, 3) if mean else 1.0
 
 
 def rounded(seconds: dict[str, float]) -> dict[str, float]:

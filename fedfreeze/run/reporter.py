@@ -155,6 +155,8 @@ class Reporter:
         parts = [f"stage {record['stage'] + 1}/{self.num_stages}"]
         if record["accuracy"] is not None:
             parts.append(f"accuracy {record['accuracy']:.3f}")
+        elif record.get("accuracy_sampled") is not None:
+            parts.append(f"accuracy ~{record['accuracy_sampled']:.3f}")
         self.progress.update(self.task, completed=record["round"], description=" ".join(parts))
 
     def stage_end(self, record: dict[str, Any]) -> None:
@@ -220,7 +222,7 @@ def round_line(record: dict[str, Any], num_stages: int) -> str:
     late = f" late {len(record['late'])}" if record["late"] else ""
     return (
         f"round {record['round']} stage {record['stage'] + 1}/{num_stages} ({record['stage_round']}) "
-        f"loss {_number(record['train_loss'], '.4f')} accuracy {_number(record['accuracy'], '.4f')} "
+        f"loss {_number(record['train_loss'], '.4f')} accuracy {_accuracy(record)} "
         f"perturbation {_number(record['perturbation'], '.4f')} slope {_number(record['slope'], '+.4f')} "
         f"devices {completed}/{len(record['selected'])}{late} peak {_number(peak, '.2f')} MiB "
         f"emulated {duration(record['emulated_s'])} wall {record['wall_s']:.2f} s"
@@ -253,6 +255,12 @@ def closing_table(stages: Sequence[dict[str, Any]]) -> Table:
 
 def _percent(share: float) -> str:
     return f"{round(share * 100) + 0}%"
+
+
+def _accuracy(record: dict[str, Any]) -> str:
+    """Return the accuracy of a round, with a tilde if it is of some of the test samples only."""
+    sampled = record.get("accuracy_sampled")
+    return _number(record["accuracy"], ".4f") if sampled is None else f"~{sampled:.4f}"
 
 
 def _number(value: float | None, form: str) -> str:

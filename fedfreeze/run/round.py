@@ -23,8 +23,13 @@ class RoundResult:
     reports: tuple[DeviceReport, ...]
     verdict: Verdict
     accuracy: float | None
+    """On all the test data, if it was asked for."""
+    accuracy_sampled: float | None
+    """On `eval.samples` of them, if that was asked for and the other was not."""
     elements_reduced: int
     """Elements that the all-reduce carried: active block + output module, the table not counted."""
+    train_s: tuple[float, ...]
+    """Wall seconds that each rank's devices took."""
     parts: RoundParts
     """Where this rank's seconds went; of all here, this alone differs from rank to rank."""
 
@@ -43,11 +48,11 @@ def run_round(
 
     # local training: each device in turn under its own memory cap; one that fails adds nothing
     update = emulator.empty_update(plan)
-    mine = [emulator.train(assignment, plan, update) for assignment in plan.devices_of(ranks.rank)]
+    mine = emulator.train(plan.devices_of(ranks.rank), plan, update)
     parts.end("train")
 
     # aggregation: active block + output module, once
-    reports = gather_reports(ranks, plan, mine)
+    reports, train_s = gather_reports(ranks, plan, mine, parts.wall_s["train"])
     parts.end("wait")  # for the rank with most to do
     summed = update.tensors(over=any(report.large_statistics for report in reports))
     for tensor in summed:
@@ -60,8 +65,10 @@ def run_round(
     verdict = Verdict(**ranks.decide(lambda: judge(coordinator, window, emulator, plan, reports, change)))
     parts.end("judge")
     accuracy = evaluate(ranks, emulator) if verdict.evaluate else None
+    sampled = evaluate(ranks, emulator, sampled=True) if verdict.evaluate_sampled else None
     parts.end("evaluate")
-    return RoundResult(plan, reports, verdict, accuracy, sum(len(tensor) for tensor in summed), parts)
+    reduced = sum(len(tensor) for tensor in summed)
+    return RoundResult(plan, reports, verdict, accuracy, sampled, reduced, train_s, parts)
 
 
 def plan_of(coordinator: Coordinator | None, *, begin: bool) -> dict[str, Any]:
@@ -118,16 +125,25 @@ def judge(
     return coordinator.judge(reports, perturbation).to_json()
 
 
-def gather_reports(ranks: Ranks, plan: RoundPlan, mine: list[DeviceReport]) -> tuple[DeviceReport, ...]:
-    """Collective: every rank must call this. Return the reports of all devices, in the order of their numbers."""
-    rows = ranks.all_gather([report.to_json() for report in mine])
-    reports = [DeviceReport(**row) for of_rank in rows for row in of_rank]
+def gather_reports(
+    ranks: Ranks, plan: RoundPlan, mine: list[DeviceReport], train_s: float
+) -> tuple[tuple[DeviceReport, ...], tuple[float, ...]]:
+    """Collective: every rank must call this. Return the reports of all devices, in the order of their numbers.
+
+    And the wall seconds that each rank's devices took.
+    """
+    told = ranks.all_gather([train_s, [report.to_json() for report in mine]])
+    reports = [DeviceReport(**row) for _, rows in told for row in rows]
     reports += [DeviceReport(d.device, d.samples, failed=d.reason, left_out=True) for d in plan.left_out]
-    return tuple(sorted(reports, key=lambda report: report.device))
+    return tuple(sorted(reports, key=lambda report: report.device)), tuple(seconds for seconds, _ in told)
 
 
-def evaluate(ranks: Ranks, emulator: Emulator) -> float:
-    """Collective: every rank must call this. Return the global network's accuracy on the test data, in [0, 1]."""
-    correct = torch.tensor([emulator.count_correct(ranks.rank, ranks.world_size)])
+def evaluate(ranks: Ranks, emulator: Emulator, *, sampled: bool = False) -> float:
+    """Collective: every rank must call this. Return the global network's accuracy on the test data, in [0, 1].
+
+    `sampled`: on `eval.samples` of them.
+    """
+    mine, samples = emulator.count_correct(ranks.rank, ranks.world_size, sampled=sampled)
+    correct = torch.tensor([mine])
     ranks.all_reduce(correct)
-    return int(correct) / len(emulator.data.test)
+    return int(correct) / samples

@@ -4,16 +4,18 @@ The paper has a community-detection step (RL-CD) in its participant selector [pa
 of this is an engineering reconstruction [ours].
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fedfreeze.compute import torch_threads
 from fedfreeze.seeds import derive_seed
-from fedfreeze.select.louvain import Adjacency, louvain_communities
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 BLOCK_ROWS = 256
 """Rows of the cosine matrix that exist at a time: BLOCK_ROWS x n numbers, never n x n."""
@@ -23,6 +25,9 @@ ALIKE = 0.5
 
 NEAR = 0.5
 """Share of a device's largest cosine under which a neighbour is none: the nearest of a device may all be far. [ours]"""
+
+# Gain of modularity under which Louvain ends a level, and the whole.
+_TOLERANCE = 1e-7
 
 # A signature whose distance from the population's mean is under this share of the signatures' size tells nothing: what
 # is left after centring is rounding, and scaling it to length 1 would make noise look like data.
@@ -71,13 +76,16 @@ def nearest_neighbours(
     return rows, cosines
 
 
-def neighbour_graph(vectors: np.ndarray, neighbours: int) -> Adjacency:
+def neighbour_graph(vectors: np.ndarray, neighbours: int) -> "csr_matrix":
     """Return the graph of unit vectors (n, d): an edge where one is among the other's nearest, weight: cosine > 0.
 
-    Sparse, as the modularity of a dense graph of cosines is near zero whatever its groups; without negative edges, as
-    Louvain's modularity is not made for them; without those under NEAR, as a group smaller than `neighbours` would
-    otherwise reach into others, and Louvain joins small groups over the weakest edge (its resolution limit). [ours]
+    As its adjacency matrix (n, n). Sparse, as the modularity of a dense graph of cosines is near zero whatever its
+    groups; without negative edges, as Louvain's modularity is not made for them; without those under NEAR, as a group
+    smaller than `neighbours` would otherwise reach into others, and Louvain joins small groups over the weakest edge
+    (its resolution limit). [ours]
     """
+    from scipy.sparse import csr_matrix  # here, as scipy takes a part of a second of every start
+
     rows, cosines = nearest_neighbours(vectors, neighbours)
     n, k = rows.shape
     told = (cosines > 0) & (cosines >= NEAR * cosines[:, :1])
@@ -85,26 +93,30 @@ def neighbour_graph(vectors: np.ndarray, neighbours: int) -> Adjacency:
     # the two ends may have found each other in different blocks, whose last bits differ: the first one counts
     _, first = np.unique(np.minimum(one, two) * n + np.maximum(one, two), return_index=True)
     one, two, weights = one[first], two[first], weights[first]
-    begins, ends = np.concatenate([one, two]), np.concatenate([two, one])
-    order = np.lexsort([ends, begins])
-    borders = np.searchsorted(begins[order], np.arange(n + 1)).tolist()
-    others, values = ends[order].tolist(), np.concatenate([weights, weights])[order].tolist()
-    return {
-        node: dict(zip(others[begin:end], values[begin:end], strict=True))
-        for node, (begin, end) in enumerate(itertools.pairwise(borders))
-    }
+    both = np.concatenate([weights, weights]).astype(np.float64)
+    return csr_matrix((both, (np.concatenate([one, two]), np.concatenate([two, one]))), shape=(n, n))
 
 
-def louvain(graph: Adjacency, seed: int) -> list[list[int]]:
-    """Return the communities of a graph with whole numbers as nodes (Louvain, Blondel et al., 2008), in order.
+def louvain(graph: "csr_matrix", seed: int) -> list[list[int]]:
+    """Return the communities of a graph, as rows of its adjacency matrix (Louvain, Blondel et al., 2008), in order.
 
     Nodes without an edge, which Louvain leaves alone one by one, are one community together: they have in common that
     nothing tells them from the average device. [ours]
     """
-    alone = sorted(node for node, edges in graph.items() if not edges)
-    linked = {node: edges for node, edges in graph.items() if edges}
-    found = louvain_communities(linked, seed) if linked else []
-    return _ordered([*found, *([alone] if alone else [])])
+    from sknetwork.clustering import Louvain
+
+    has_edges = np.diff(graph.indptr) > 0
+    linked, alone = np.flatnonzero(has_edges), np.flatnonzero(~has_edges).tolist()
+    found = [alone] if alone else []
+    if len(linked):
+        method = Louvain(
+            tol_optimization=_TOLERANCE, tol_aggregation=_TOLERANCE, shuffle_nodes=True, random_state=seed % 2**32
+        )
+        labels = method.fit_predict(graph[linked][:, linked])
+        order = np.argsort(labels, kind="stable")
+        borders = np.flatnonzero(np.diff(labels[order])) + 1
+        found += [part.tolist() for part in np.split(linked[order], borders)]
+    return _ordered(found)
 
 
 def merge_alike(communities: Sequence[Sequence[int]], vectors: np.ndarray) -> list[list[int]]:
@@ -131,7 +143,7 @@ def merge_alike(communities: Sequence[Sequence[int]], vectors: np.ndarray) -> li
     return _ordered(merged)
 
 
-def split_large(graph: Adjacency, community: Sequence[int], limit: int, seed: int) -> list[list[int]]:
+def split_large(graph: "csr_matrix", community: Sequence[int], limit: int, seed: int) -> list[list[int]]:
     """Split a community of more than `limit` nodes by Louvain on its own edges, and its parts likewise.
 
     A part that Louvain does not split stays whole, however large: its devices are alike, so any cut through it would be
@@ -139,14 +151,12 @@ def split_large(graph: Adjacency, community: Sequence[int], limit: int, seed: in
     """
     if len(community) <= limit:
         return [sorted(community)]
-    members = set(community)
-    inner = {
-        node: {other: weight for other, weight in graph[node].items() if other in members} for node in sorted(community)
-    }
+    members = np.sort(np.asarray(community, dtype=np.int64))
+    inner = graph[members][:, members]
     parts = louvain(inner, seed)
-    if len(parts) == 1:
-        return parts
-    return _ordered([small for part in parts for small in split_large(inner, part, limit, seed)])
+    if len(parts) > 1:
+        parts = [small for part in parts for small in split_large(inner, part, limit, seed)]
+    return _ordered([members[part].tolist() for part in parts])
 
 
 @dataclass(frozen=True)

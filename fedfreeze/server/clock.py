@@ -74,17 +74,21 @@ def finish_of(devices: Sequence[int], seconds: np.ndarray, *, participants: int,
 class EmulatedClock:
     """Charges each round its time and its bytes. Its state is small and plain."""
 
-    def __init__(self, fleet: Fleet, samples: Sequence[int], costs: Costs, train: TrainConfig):
+    def __init__(self, fleet: Fleet, samples: Sequence[int], costs: Costs, train: TrainConfig, views: int = 1):
+        """`views`: images of each sample, of all of which a device stores features (`train.prefix: stored`)."""
         self.fleet = fleet
         self.samples = np.asarray(samples, dtype=np.int64)
         self.costs = costs
         self.train = train
+        self.views = views
         self.now_s = 0.0
         self.bytes_total = 0
         self.flops_total: float | None = 0.0
         """Floating-point operations of all devices until now; None: an older version, which began the run, did not
         count them."""
         self.frozen_held = np.zeros(len(fleet), dtype=np.int64)  # how many frozen blocks each device has downloaded
+        self.features_held = np.zeros(len(fleet), dtype=bool)
+        """Which devices have stored the features of this stage's frozen blocks."""
         self._frozen_elements = np.array([levels[-1].frozen_elements for levels in costs.levels])
         self._begin_round()
         self.enter_stage(0)
@@ -95,13 +99,27 @@ class EmulatedClock:
         levels = self.costs.levels[stage]
         self.level = np.array([self.costs.level_of(stage, cap) for cap in self.fleet.memory_cap_bytes])
         # a step's operations are in proportion to its samples
-        step, forward, sent = (
+        step, frozen, forward, sent = (
             np.array([getattr(cost, name) for cost in levels], dtype=np.float64)[self.level]
-            for name in ("step_flops", "forward_flops", "bytes_up")
+            for name in ("step_flops", "frozen_flops", "forward_flops", "bytes_up")
         )
-        self.train_flops = self.train.local_epochs * self.samples * step / self.train.batch_size
+        self.features_held[:] = False
+        stored = self.train.prefix == "stored"
+        if stored:
+            step = step - frozen
+        self._step_flops = self.train.local_epochs * self.samples * step / self.train.batch_size
+        self._filling_flops = stored * self.views * self.samples * frozen / self.train.batch_size
         self.forward_flops = self.samples * forward / self.train.batch_size
         self.model_bytes = sent.astype(np.int64)
+
+    @property
+    def train_flops(self) -> np.ndarray:
+        """Floating-point operations of a round's training, of every device: of its steps, and of what it must store."""
+        return self._step_flops + np.where(self.features_held, 0.0, self._filling_flops)
+
+    def stores(self) -> np.ndarray:
+        """Return which devices would run their frozen blocks in this round to store what they put out."""
+        return np.asarray((self._filling_flops > 0) & ~self.features_held)
 
     def _begin_round(self) -> None:
         self.waited_s = 0.0
@@ -162,6 +180,7 @@ class EmulatedClock:
         self.bytes_up += int(self.model_bytes[completed].sum())
         self.bytes_total += self.bytes_up + self.bytes_down
         self.flops += float(self.train_flops[completed].sum())
+        self.features_held[completed] = True
         if self.flops_total is not None:
             self.flops_total += self.flops
         self.now_s += self.emulated_s
@@ -180,8 +199,9 @@ class EmulatedClock:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values."""
         held = {int(device): int(self.frozen_held[device]) for device in np.flatnonzero(self.frozen_held)}
+        features = [int(device) for device in np.flatnonzero(self.features_held)]
         totals = {"now_s": self.now_s, "bytes_total": self.bytes_total, "flops_total": self.flops_total}
-        return totals | {"frozen_held": sorted(held.items())}
+        return totals | {"frozen_held": sorted(held.items()), "features_held": features}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
@@ -191,3 +211,5 @@ class EmulatedClock:
         self.frozen_held[:] = 0
         for device, blocks in state["frozen_held"]:
             self.frozen_held[device] = blocks
+        self.features_held[:] = False
+        self.features_held[state.get("features_held", [])] = True

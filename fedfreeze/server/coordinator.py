@@ -53,7 +53,7 @@ class Coordinator:
         self._check_stages_fit()
         self.able = [self._able(stage) for stage in range(len(costs.stages))]
         self.selector = make_selector(config)
-        self.clock = EmulatedClock(fleet, samples, costs, config.train)
+        self.clock = EmulatedClock(fleet, samples, costs, config.train, config.data.view_count or 1)
         self._check_deadline()
         self.pace = make_policy(pace, config.train.rounds, [cost.watched_parameters for cost in costs.stages])
         self.round = 0
@@ -232,26 +232,28 @@ class Coordinator:
         return devices
 
     def _assign(self, devices: Sequence[int]) -> tuple[Assignment, ...]:
-        """Give the device with most samples to the rank with least work; the result does not depend on it.
+        """Give the device with most work, by its operations, to the rank with least; the result does not depend on it.
 
         Where ranks keep features, a device stays with the rank that has them, unless that would have much more work
         than the others.
         """
-        load = [0] * self.world_size
-        most = _UNEVEN * sum(self.samples[device] for device in devices) / self.world_size
+        flops = self.clock.train_flops
+        work = {device: float(flops[device]) for device in devices}
+        load = [0.0] * self.world_size
+        most = _UNEVEN * sum(work.values()) / self.world_size
         ranks = {}
-        for device in sorted(devices, key=lambda d: (-self.samples[d], d)):
+        for device in sorted(devices, key=lambda d: (-work[d], d)):
             rank = min(range(self.world_size), key=lambda r: (load[r], r))
             home = self.homes.get(device)
-            if home is not None and load[home] + self.samples[device] <= most:
+            if home is not None and load[home] + work[device] <= most:
                 rank = home
             ranks[device] = rank
-            load[rank] += self.samples[device]
+            load[rank] += work[device]
         if self.config.cache.features:
             self.homes |= ranks
         caps = self.fleet.memory_cap_bytes
-        level = self.clock.level
-        return tuple(Assignment(d, ranks[d], caps[d], int(level[d])) for d in sorted(devices))
+        level, stores = self.clock.level, self.clock.stores()
+        return tuple(Assignment(d, ranks[d], caps[d], int(level[d]), bool(stores[d])) for d in sorted(devices))
 
     def _learning_rate(self) -> float:
         train = self.config.train
@@ -295,10 +297,12 @@ class Coordinator:
         end_stage = (decision.reason or "converged") if decision.freeze else ("round_limit" if out_of_rounds else None)
         stop = out_of_rounds or (end_stage is not None and self.stage == len(self.costs.stages) - 1)
         self.ended = stop
+        evaluate = end_stage is not None or self.round % self.config.eval.every_rounds == 0
         return Verdict(
             end_stage=end_stage,
             stop=stop,
-            evaluate=end_stage is not None or self.round % self.config.eval.every_rounds == 0,
+            evaluate=evaluate,
+            evaluate_sampled=not evaluate and self.config.eval.samples is not None,
             checkpoint=end_stage is not None or self.round % self.config.checkpoint.every_rounds == 0,
             perturbation=perturbation,
             slope=decision.slope,
@@ -359,8 +363,8 @@ class Coordinator:
         self.last_failure = state.get("last_failure")
         self.ran_out = set(state["ran_out"])
         self.trained = set(state["trained"])
-        self.clock.load_state_dict(state["clock"])
         self.clock.enter_stage(self.stage)
+        self.clock.load_state_dict(state["clock"])
         self.pace.load_state_dict(state["pace"])
         self.selector.load_state_dict(state["selector"])
 

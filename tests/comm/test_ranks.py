@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,7 +102,7 @@ def test_all_reduce_carries_active_block_and_output_module_exactly(one: Path) ->
 def test_load_model_gives_the_accuracy_of_the_summary(one: Path) -> None:
     network = fedfreeze.load_model(str(one))
     data = open_store(prepare(load_config(str(one / "config.yaml")).data))
-    images, labels = evaluation_batch(data, data.test, 0, len(data.test), torch.device("cpu"))
+    images, labels = evaluation_batch(data, data.test, np.arange(len(data.test)), torch.device("cpu"))
     with torch.no_grad():
         accuracy = (network(images).argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(summary(one)["final_accuracy"], abs=1e-6)

@@ -236,6 +236,14 @@ def test_out_of_range_names_key_value_and_bound(section, key, value, says):
     assert says in message
 
 
+def test_views_need_an_augmentation_and_stored_features_an_end_of_views():
+    assert refused({"data": {"views": 4}}).startswith("data.views: 4 views need an augmentation")
+    stored = {"data": {"augment": "crop_flip"}, "train": {"prefix": "stored"}}
+    assert refused(stored).startswith("train.prefix: a device cannot store the features of data.augment=crop_flip")
+    make_config({**stored, "data": {"augment": "crop_flip", "views": 4}})
+    make_config({"data": {"augment": "flip"}, "train": {"prefix": "stored"}})
+
+
 def test_a_negative_seed_is_refused():
     assert refused({"seed": -1}).startswith("seed: -1")
 

@@ -169,6 +169,14 @@ def test_what_a_resume_may_change_is_no_difference():
     assert config_difference(config_values(Config()), config_values(changed)) is None
 
 
+def test_where_features_are_kept_is_no_difference_to_a_resume_and_whether_is():
+    old = config_values(Config())
+    moved = make_config({"cache": {"budget_mib": 1.0, "dir": "/b", "disk_mib": 2.0}})
+    assert resume_difference(old, config_values(moved)) is None
+    kept = config_values(make_config({"cache": {"features": True}}))
+    assert resume_difference(old, kept) == "cache.features was False and is now True"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "says"),
     [

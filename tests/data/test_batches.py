@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedfreeze.data.batches import augment_batch, evaluation_batch, training_batches
+from fedfreeze.config.schema import DataConfig
+from fedfreeze.data.batches import (
+    Draws,
+    augmented,
+    draw_changes,
+    drawn_batches,
+    evaluation_batch,
+    training_batches,
+)
 from fedfreeze.data.store import Data, Split, normalise
 
 CPU = torch.device("cpu")
@@ -21,19 +31,28 @@ def make_data(train: int = 23, test: int = 11, height: int = 8, width: int = 8) 
     return Data(splits[0], splits[1], train, MEAN, STD)
 
 
-def batches_of(data: Data, rows: np.ndarray, *, batch_size: int, epochs: int = 1, augment: str = "none", seed: int = 0):
-    return list(
-        training_batches(
-            data,
-            rows,
-            batch_size=batch_size,
-            epochs=epochs,
-            augment=augment,
-            shuffle=torch.Generator().manual_seed(seed),
-            augmentation=torch.Generator().manual_seed(seed + 1),
-            device=CPU,
-        )
-    )
+def draws_of(seed: int) -> Draws:
+    return Draws(*(torch.Generator().manual_seed(seed + number) for number in range(3)))
+
+
+def batches_of(
+    data: Data,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    epochs: int = 1,
+    augment: str = "none",
+    seed: int = 0,
+    views: int | None = None,
+):
+    config = DataConfig(augment=augment, views=views)
+    height = data.image_shape[1]
+    drawn = drawn_batches(config, len(rows), height, batch_size=batch_size, epochs=epochs, draws=draws_of(seed))
+    return list(training_batches(data, rows, drawn, CPU))
+
+
+def augment_batch(images: torch.Tensor, augment: str, generator: torch.Generator) -> torch.Tensor:
+    return augmented(images, draw_changes(len(images), augment, images.shape[2], generator))
 
 
 def normalised(images: np.ndarray) -> np.ndarray:
@@ -116,9 +135,9 @@ def test_augmentation_does_not_change_the_order_nor_the_store():
     data, rows = make_data(), np.arange(20)
     before = data.train.images.copy()
     plain = batches_of(data, rows, batch_size=8)
-    augmented = batches_of(data, rows, batch_size=8, augment="crop_flip")
-    assert [labels.tolist() for _, labels in plain] == [labels.tolist() for _, labels in augmented]
-    assert not all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, augmented, strict=True))
+    cropped = batches_of(data, rows, batch_size=8, augment="crop_flip")
+    assert [labels.tolist() for _, labels in plain] == [labels.tolist() for _, labels in cropped]
+    assert not all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, cropped, strict=True))
     np.testing.assert_array_equal(data.train.images, before)
 
 
@@ -201,7 +220,7 @@ def test_normalised_training_images_have_zero_mean_and_unit_variance():
 
 def test_evaluation_batches_cover_the_split_in_order():
     data = make_data(test=11)
-    batches = [evaluation_batch(data, data.test, start, 4, CPU) for start in range(0, 11, 4)]
+    batches = [evaluation_batch(data, data.test, np.arange(11)[start : start + 4], CPU) for start in (0, 4, 8)]
     assert [len(labels) for _, labels in batches] == [4, 4, 3]
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(11))
     np.testing.assert_allclose(torch.cat([images for images, _ in batches]), normalised(data.test.images), atol=1e-5)
@@ -209,6 +228,49 @@ def test_evaluation_batches_cover_the_split_in_order():
 
 def test_evaluation_batch_of_the_training_split_is_of_that_split():
     data = make_data()
-    images, labels = evaluation_batch(data, data.train, 20, 50, CPU)
-    assert labels.tolist() == [20, 21, 22]
-    np.testing.assert_allclose(images, normalised(data.train.images[20:]), atol=1e-5)
+    images, labels = evaluation_batch(data, data.train, np.array([20, 22]), CPU)
+    assert labels.tolist() == [20, 22]
+    np.testing.assert_allclose(images, normalised(data.train.images[[20, 22]]), atol=1e-5)
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop_flip"])
+def test_with_counted_views_a_sample_becomes_no_more_images_than_that(augment):
+    data, rows = make_data(), np.arange(16)
+    seen: dict[int, set[bytes]] = {int(row): set() for row in rows}
+    for seed in (0, 0, 0):
+        for images, labels in batches_of(data, rows, batch_size=4, epochs=40, augment=augment, views=3, seed=seed):
+            for image, label in zip(images, labels.tolist(), strict=True):
+                seen[label].add(image.numpy().tobytes())
+    counts = [len(images) for images in seen.values()]
+    assert max(counts) == (2 if augment == "flip" else 3)
+    assert min(counts) == 2  # no sample comes in one direction alone
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.sampled_from(["flip", "crop_flip"]))
+@settings(max_examples=40, deadline=None)
+def test_a_pass_over_the_data_takes_one_view(count, views, epochs, augment):
+    config = DataConfig(augment=augment, views=views)
+    drawn = list(drawn_batches(config, count, 8, batch_size=4, epochs=epochs, draws=draws_of(1)))
+    per_epoch = len(drawn) // epochs
+    for epoch in range(epochs):
+        of_epoch = drawn[epoch * per_epoch : (epoch + 1) * per_epoch]
+        taken = {view for batch in of_epoch for view in batch.views.tolist()}
+        assert len(taken) == 1
+        assert taken <= set(range(views))
+
+
+def test_flips_without_counted_views_are_drawn_anew_for_each_image_and_are_two_views():
+    drawn = list(drawn_batches(DataConfig(augment="flip"), 5, 8, batch_size=2, epochs=1, draws=draws_of(0)))
+    assert [len(batch.chosen) for batch in drawn] == [2, 2]  # a last one of a single sample is left out
+    for batch in drawn:
+        assert torch.equal(batch.views.bool(), batch.changes.flips)
+    crops = next(drawn_batches(DataConfig(augment="crop_flip"), 5, 8, batch_size=2, epochs=1, draws=draws_of(0)))
+    assert crops.views is None
+
+
+def test_counted_views_are_numbered():
+    assert DataConfig().view_count == 1
+    assert DataConfig(augment="flip").view_count == 2
+    assert DataConfig(augment="flip", views=5).view_count == 5
+    assert DataConfig(augment="crop_flip").view_count is None
+    assert DataConfig(augment="crop_flip", views=4).view_count == 4

@@ -167,7 +167,7 @@ def cuda_trainer() -> Iterator[LocalTrainer]:
 @pytest.mark.gpu
 @needs_cuda
 def test_cuda_fraction_passes_at_the_reserved_peak_and_fails_one_segment_below(cuda_trainer: LocalTrainer) -> None:
-    from fedfreeze.device.cap import CudaFractionCap
+    from fedfreeze.device.cuda_cap import CudaFractionCap
 
     images = torch.randn(128, 3, 32, 32)
     labels = torch.randint(0, 10, (128,))

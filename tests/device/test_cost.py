@@ -83,6 +83,24 @@ def test_prediction_equals_measurement_for_other_architectures(model: str, metho
         method.leave_stage(stage)
 
 
+@pytest.mark.parametrize(("model", "width"), [("resnet8", 16), ("vgg11", 8), ("vit", 8)])
+def test_devices_that_store_features_need_less_and_what_they_need_is_predicted(model: str, width: int) -> None:
+    shape = (3, 16, 16)
+    values = {"model": {"name": model, "width": width}, "train": {"batch_size": 8}}
+    config = make_config(values | {"train": {"batch_size": 8, "prefix": "stored"}})
+    stored, plain = (measure_costs(each, shape, 10, values=False) for each in (config, make_config(values)))
+    assert measure_costs(config, shape, 10, values=True) == stored
+    assert stored.full == plain.full
+    method = make_method(config, build_network(config.model, shape, 10, 0))
+    for index, (ours, theirs) in enumerate(zip(stored.stages, plain.stages, strict=True)):
+        assert ours.step_flops == theirs.step_flops  # the clock leaves out what is not done
+        assert (ours.memory_bytes < theirs.memory_bytes) == (index > 0)
+        stage = method.enter_stage(index, CPU)
+        expected = stage.frozen_forward(torch.zeros(1, *shape)).numel() * 4 if index else 0
+        assert ours.feature_bytes == theirs.feature_bytes == expected
+        method.leave_stage(stage)
+
+
 def test_small_networks_are_run_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     followed = []
     fake_tensors = cost_model.fake_tensors

@@ -14,13 +14,12 @@ from torch import nn
 
 from fedfreeze.config.file import make_config
 from fedfreeze.config.schema import Config
-from fedfreeze.data.batches import training_batches, training_views
+from fedfreeze.data.batches import drawn_batches, training_batches
 from fedfreeze.data.store import Data, Split
-from fedfreeze.device.features import FrozenFeatures, can_be_kept
+from fedfreeze.device.features import FrozenFeatures, draws_of, why_not_kept
 from fedfreeze.methods import make_method
 from fedfreeze.network.blocks import build_network
 from fedfreeze.network.stage import Stage
-from fedfreeze.seeds import torch_generator
 from tests.support.checks import ROOT
 from tests.support.launching import metrics, run, sha256, without_wall_time, write_config
 
@@ -36,13 +35,20 @@ def data() -> Data:
     return Data(split, split, 10, (0.5,) * 3, (0.25,) * 3, None)
 
 
-def config_of(augment: str = "flip", budget_mib: float = 100.0, features: bool = True, **model: object) -> Config:
+def config_of(
+    augment: str = "flip",
+    budget_mib: float = 100.0,
+    features: bool = True,
+    views: int | None = None,
+    folder: Path | None = None,
+    **model: object,
+) -> Config:
     return make_config(
         {
-            "data": {"augment": augment},
+            "data": {"augment": augment, "views": views},
             "model": {"width": 4, **model},
             "train": {"batch_size": 8, "local_epochs": 2},
-            "cache": {"features": features, "budget_mib": budget_mib},
+            "cache": {"features": features, "budget_mib": budget_mib, "dir": None if folder is None else str(folder)},
         }
     )
 
@@ -56,21 +62,12 @@ def features_of(config: Config, rows: np.ndarray | None = None, index: int = 1) 
     return FrozenFeatures(stage_of(config, index), data(), parts, config, CPU)
 
 
-@pytest.mark.parametrize("augment", ["none", "flip"])
-def test_batches_are_those_of_training_without(augment: str) -> None:
-    config = config_of(augment)
+@pytest.mark.parametrize(("augment", "views"), [("none", None), ("flip", None), ("flip", 3), ("crop_flip", 2)])
+def test_batches_are_those_of_training_without(augment: str, views: int | None) -> None:
+    config = config_of(augment, views=views)
     kept = features_of(config)
-    key = (3, 0)
-    plain = training_batches(
-        data(),
-        np.arange(SAMPLES),
-        batch_size=8,
-        epochs=2,
-        augment=augment,
-        shuffle=torch_generator(0, "shuffle", *key),
-        augmentation=torch_generator(0, "augment", *key),
-        device=CPU,
-    )
+    drawn = drawn_batches(config.data, SAMPLES, 8, batch_size=8, epochs=2, draws=draws_of(config, 1, 3, 0))
+    plain = training_batches(data(), np.arange(SAMPLES), drawn, CPU)
     count = 0
     for ours, (images, labels) in zip(kept.batches(0, 3), plain, strict=True):
         assert torch.equal(ours.make_images(), images)
@@ -89,14 +86,15 @@ def test_a_samples_features_have_the_same_bits_in_whatever_company(order: list[i
         kept = features_of(config, rows)
         for number in range(rounds):
             for batch in kept.batches(0, number):
-                for view, chosen, features in zip(batch.views, batch.chosen, batch.features(), strict=True):
+                drawn = batch.drawn
+                for view, chosen, features in zip(drawn.views, drawn.chosen, batch.features(), strict=True):
                     key = int(view), int(rows[int(chosen)])
                     assert torch.equal(alone.setdefault(key, features), features)
 
 
 @pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
 def test_kept_features_lie_in_memory_as_the_prefix_puts_them_out(memory_format: str) -> None:
-    config = config_of("none", memory_format=memory_format)
+    config = config_of("none", memory_format=memory_format, width=16)
     for index in (1, 2):
         kept = features_of(config, index=index)
         batch = next(kept.batches(0, 1))
@@ -106,20 +104,31 @@ def test_kept_features_lie_in_memory_as_the_prefix_puts_them_out(memory_format: 
         assert batch.counted_features().stride() == direct.stride()
 
 
-def test_a_budget_is_held_and_what_is_over_it_is_calculated_anew() -> None:
-    one = SAMPLES * 2 * 4 * 8 * 8 * 4  # views x channels x pixels x bytes
-    config = config_of("flip", budget_mib=(one + 100) / 2**20)
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize(("augment", "views"), [("flip", None), ("crop_flip", 3)])
+def test_a_budget_is_held_and_what_is_over_it_is_calculated_anew_or_on_disk(
+    augment: str, views: int | None, disk: bool, tmp_path: Path
+) -> None:
+    one = SAMPLES * 4 * 8 * 8 * 4  # of a view: samples x channels x pixels x bytes
+    folder = tmp_path if disk else None
+    config = config_of(augment, budget_mib=(one + 100) / 2**20, views=views, folder=folder)
     parts = [np.arange(SAMPLES), np.arange(SAMPLES)[::-1].copy()]
     kept = FrozenFeatures(stage_of(config), data(), parts, config, CPU)
-    ample = FrozenFeatures(stage_of(config_of("flip")), data(), parts, config_of("flip"), CPU)
-    for number in range(3):
+    enough = config_of(augment, views=views)
+    ample = FrozenFeatures(stage_of(enough), data(), parts, enough, CPU)
+    for number in range(8):
         for device in (0, 1):
             for ours, theirs in zip(kept.batches(device, number), ample.batches(device, number), strict=True):
                 assert torch.equal(ours.features(), theirs.features())
-    assert kept.used_bytes == one <= kept.budget_bytes
-    assert ample.used_bytes == 2 * one
-    assert torch.equal(kept.of_test(0, 16), ample.of_test(0, 16))
-    assert kept.used_bytes == one
+                assert ours.features().stride() == theirs.features().stride()
+    assert kept.store.used_bytes == one <= kept.store.budget_bytes
+    assert ample.store.used_bytes == 2 * (views or 2) * one
+    assert (kept.store.used_disk_bytes > 0) == disk
+    assert kept.store.refused == (not disk)
+    for _ in range(2):
+        assert torch.equal(kept.of_test(np.arange(16)), ample.of_test(np.arange(16)))
+    assert kept.store.used_bytes == one
+    assert list(tmp_path.iterdir()) == []  # a file without a name
 
 
 class Noise(nn.Module):
@@ -172,7 +181,7 @@ def test_a_prefix_of_any_layout_gives_what_it_puts_out_or_is_not_kept(prefix: ty
     active = Linear()
     active(prefix()(torch.zeros(2, *SHAPE)).clone())
     stage = Stage(1, [prefix()], active, nn.Linear(5, 10), CPU)
-    assert can_be_kept(stage, config, SHAPE, CPU) == kept
+    assert (why_not_kept(stage, config, SHAPE, CPU) is None) == kept
     if kept:
         features = FrozenFeatures(stage, data(), [np.arange(SAMPLES)], config, CPU)
         for batch in features.batches(0, 1):
@@ -180,35 +189,23 @@ def test_a_prefix_of_any_layout_gives_what_it_puts_out_or_is_not_kept(prefix: ty
             assert torch.equal(batch.features(), wanted)
             assert torch.equal(batch.counted_features(), wanted)
             assert batch.features().stride() == batch.counted_features().stride()
-        first = stage.behind(features.of_test(0, 8))  # which changes what it is given
-        assert torch.equal(stage.behind(features.of_test(0, 8)), first)
-        assert torch.equal(stage.behind(features.of_test(0, 8)), first)
+        first = stage.behind(features.of_test(np.arange(8)))  # which changes what it is given
+        assert torch.equal(stage.behind(features.of_test(np.arange(8))), first)
+        assert torch.equal(stage.behind(features.of_test(np.arange(8))), first)
 
 
-def test_what_cannot_be_kept_is_not() -> None:
+def test_what_cannot_be_kept_says_why() -> None:
     config = config_of()
-    assert can_be_kept(stage_of(config), config, SHAPE, CPU)
-    assert not can_be_kept(stage_of(config, 0), config, SHAPE, CPU)  # no prefix
-    for other in (config_of("crop_flip"), config_of(features=False)):
-        assert not can_be_kept(stage_of(other), other, SHAPE, CPU)
+    assert why_not_kept(stage_of(config), config, SHAPE, CPU) is None
+    assert why_not_kept(stage_of(config, 0), config, SHAPE, CPU) == "nothing is frozen"
+    endless = config_of("crop_flip")
+    assert "no end of views" in str(why_not_kept(stage_of(endless), endless, SHAPE, CPU))
     block = nn.Sequential(nn.Conv2d(3, 3, 3))
     head = nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 10))
-    assert can_be_kept(Stage(1, [nn.Identity()], block, head, CPU), config, SHAPE, CPU)
-    assert not can_be_kept(Stage(1, [Noise()], block, head, CPU), config, SHAPE, CPU)
-    assert not can_be_kept(OwnLoss(1, [nn.Identity()], block, head, CPU), config, SHAPE, CPU)
-
-
-def test_views_are_drawn_as_flips_are() -> None:
-    drawn = training_views(
-        5,
-        batch_size=2,
-        epochs=1,
-        augment="flip",
-        shuffle=torch_generator(0, "shuffle"),
-        augmentation=torch_generator(0, "augment"),
-    )
-    sizes = [(len(chosen), views.tolist()) for chosen, views in drawn]
-    assert [size for size, _ in sizes] == [2, 2]  # a last one of a single sample is left out
+    assert why_not_kept(Stage(1, [nn.Identity()], block, head, CPU), config, SHAPE, CPU) is None
+    assert "random numbers" in str(why_not_kept(Stage(1, [Noise()], block, head, CPU), config, SHAPE, CPU))
+    own = OwnLoss(1, [nn.Identity()], block, head, CPU)
+    assert why_not_kept(own, config, SHAPE, CPU) == "OwnLoss has a forward or a loss of its own"
 
 
 # --- whole runs
@@ -222,6 +219,14 @@ RUNS: dict[str, tuple[list[str], int, int | None]] = {
     "zero": (["--cache.budget_mib=0"], 1, None),
     "two ranks, killed and resumed": ([], 2, 4),
     "three ranks": ([], 3, None),
+    "evaluated by a sample": (["--eval.every_rounds=3", "--eval.samples=50"], 2, None),
+    "disk": (["--cache.budget_mib=0.05", "--cache.dir=."], 2, 3),
+    "disk too small": (["--cache.budget_mib=0.05", "--cache.dir=.", "--cache.disk_mib=0.1"], 1, None),
+    "stored": (["--train.prefix=stored"], 1, None),
+    "stored, nothing kept": (["--train.prefix=stored", "--cache.features=false"], 2, 4),
+    "stored, small caps": (["--train.prefix=stored", *SMALL_CAPS], 2, None),
+    "counted views": (["--data.augment=crop_flip", "--data.views=2"], 2, 5),
+    "counted views, off": (["--data.augment=crop_flip", "--data.views=2", "--cache.features=false"], 1, None),
     "off, small caps": (["--cache.features=false", *SMALL_CAPS], 1, None),
     "ample, small caps": (SMALL_CAPS, 1, None),
 }
@@ -251,25 +256,81 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     (folder / "tasks.json").write_text(json.dumps(tasks))
     done = run([sys.executable, str(ROOT / "tests" / "support" / "many_runs.py"), str(folder / "tasks.json")])
-    codes = [json.loads(line)["codes"][-1] for line in done.stdout.splitlines()]
-    assert codes == [0] * len(RUNS), done.stderr[-3000:]
+    codes = [json.loads(line)["codes"] for line in done.stdout.splitlines()]
+    assert codes == [[0] if kill is None else [76, 0] for _, _, kill in RUNS.values()], done.stderr[-3000:]
     return paths
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if "off" not in name and "caps" not in name])
+@pytest.mark.parametrize(
+    "name", ["exceeded", "zero", "disk", "disk too small", "two ranks, killed and resumed", "three ranks"]
+)
 def test_one_sha256_whatever_is_kept(runs: dict[str, Path], name: str) -> None:
     assert sha256(runs[name]) == sha256(runs["ample"])
     assert without_wall_time(metrics(runs[name])) == without_wall_time(metrics(runs["ample"]))
 
 
-def test_devices_are_charged_as_if_nothing_were_kept(runs: dict[str, Path]) -> None:
+def test_rounds_between_full_evaluations_are_judged_by_a_sample(runs: dict[str, Path]) -> None:
+    sampled, full = ([r for r in metrics(runs[n]) if r["kind"] == "round"] for n in ("evaluated by a sample", "ample"))
+    assert sha256(runs["evaluated by a sample"]) == sha256(runs["ample"])
+    assert all(record["accuracy_sampled"] is None for record in full)
+    stage_of_round = [record["stage"] for record in full]
+    ends = {n for n, stage in enumerate(stage_of_round, 1) if stage_of_round[n : n + 1] != [stage]}
+    for number, (ours, theirs) in enumerate(zip(sampled, full, strict=True), 1):
+        if number % 3 == 0 or number in ends:
+            assert ours["accuracy"] == theirs["accuracy"]
+            assert ours["accuracy_sampled"] is None
+        else:
+            assert ours["accuracy"] is None
+            assert (ours["accuracy_sampled"] * 50) % 1 == pytest.approx(0, abs=1e-9)
+            assert ours["accuracy_sampled"] == pytest.approx(theirs["accuracy"], abs=0.2)
+
+
+@pytest.mark.parametrize("names", [("ample", "off"), ("counted views", "counted views, off")], ids="/".join)
+def test_devices_are_charged_as_if_nothing_were_kept(runs: dict[str, Path], names: tuple[str, str]) -> None:
     """Peaks, time, traffic and operations are those of devices that calculate their prefix; results by rounding."""
-    kept, plain = ([r for r in metrics(runs[name]) if r["kind"] == "round"] for name in ("ample", "off"))
+    kept, plain = ([r for r in metrics(runs[name]) if r["kind"] == "round"] for name in names)
     assert len(kept) == len(plain) == 6
     for ours, theirs in zip(kept, plain, strict=True):
         for key in ("selected", "peak_memory_mib", "tensor_peak_mib", "emulated_s", "bytes_up", "bytes_down", "flops"):
             assert ours[key] == theirs[key], key
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-2)
+
+
+def test_devices_that_store_features_train_the_same_with_less_memory_and_work(runs: dict[str, Path]) -> None:
+    stored, plain = ([r for r in metrics(runs[name]) if r["kind"] == "round"] for name in ("stored", "ample"))
+    assert sha256(runs["stored"]) == sha256(runs["ample"])
+    seen: set[tuple[int, int]] = set()
+    for ours, theirs in zip(stored, plain, strict=True):
+        new = {(ours["stage"], device) for device in ours["selected"]} - seen
+        seen |= new
+        if ours["stage"] == 0:
+            assert ours["flops"] == theirs["flops"]
+            assert ours["peak_memory_mib"] == theirs["peak_memory_mib"]
+        elif not new:
+            assert ours["flops"] < theirs["flops"]
+            assert ours["emulated_s"] < theirs["emulated_s"]
+        elif len(new) == len(ours["selected"]):  # two views are calculated, of which one trains
+            assert ours["flops"] > theirs["flops"]
+    stages = ([r for r in metrics(runs[name]) if r["kind"] == "stage"] for name in ("stored", "ample"))
+    for ours, theirs in zip(*stages, strict=True):
+        assert ours["peak_memory_mib"] == ours["memory_mib"]
+        assert ours["memory_mib"] < theirs["memory_mib"] or ours["stage"] == 0
+
+
+def test_devices_that_store_features_give_the_same_whatever_the_emulation_keeps(runs: dict[str, Path]) -> None:
+    assert sha256(runs["stored, nothing kept"]) == sha256(runs["stored"])
+    assert without_wall_time(metrics(runs["stored, nothing kept"])) == without_wall_time(metrics(runs["stored"]))
+
+
+def test_devices_that_store_features_are_held_to_their_caps(runs: dict[str, Path]) -> None:
+    rounds = [r for r in metrics(runs["stored, small caps"]) if r["kind"] == "round"]
+    for record in rounds:
+        assert all("memory" in reason for reason in record["failed"].values())
+        for device, peak in record["peak_memory_mib"].items():
+            assert peak <= record["cap_mib"][device]
+    before = [r for r in metrics(runs["ample, small caps"]) if r["kind"] == "round"]
+    failed = [sum(len(record["failed"]) for record in of if record["stage"]) for of in (rounds, before)]
+    assert 0 < failed[0] <= failed[1]
 
 
 def test_who_runs_out_does_so_with_kept_features_too(runs: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,7 +214,7 @@ def rounds_of(run_dir: Path) -> list[dict[str, Any]]:
 def test_load_model_gives_the_accuracy_of_the_summary(digits: Runs, name: str) -> None:
     network = fedfreeze.load_model(str(digits.one(f"{name} uniform")))
     data = open_store(prepare(load_config(str(digits.one(f"{name} uniform") / "config.yaml")).data))
-    images, labels = evaluation_batch(data, data.test, 0, len(data.test), torch.device("cpu"))
+    images, labels = evaluation_batch(data, data.test, np.arange(len(data.test)), torch.device("cpu"))
     with torch.no_grad():
         correct = int((network(images).argmax(1) == labels).sum())
     told = summary(digits.one(f"{name} uniform"))

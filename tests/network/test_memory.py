@@ -12,7 +12,7 @@ from fedfreeze.errors import ConfigError
 from fedfreeze.methods import make_method
 from fedfreeze.network.blocks import BlockedNetwork, build_network
 from fedfreeze.network.flat import FlatPart
-from fedfreeze.network.memory import gains, is_channels_last, lay_channels_last, overruns, takes_channels_last
+from fedfreeze.network.memory import gains, is_channels_last, lay_channels_last, spoils, takes_channels_last
 from fedfreeze.network.stage import LocalTrainer
 from tests.support.checks import assert_one_line
 
@@ -96,44 +96,6 @@ def test_auto_takes_it_where_there_are_convolutions_enough() -> None:
     assert not gains(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)))
 
 
-@pytest.mark.parametrize("width", [1, 2, 4, 7, 8, 12])
-def test_narrow_networks_in_which_torch_would_write_past_the_end_stay_contiguous(width: int) -> None:
-    blocked = built("auto", name="resnet10", width=width)
-    assert overruns(blocked.network)
-    assert not blocked.channels_last
-    method = make_method(configured("auto", width=width), blocked)
-    for index in range(method.num_stages):
-        stage = method.enter_stage(index, CPU)
-        for _ in range(3):
-            LocalTrainer(stage, configured("auto").train).step(torch.rand(8, 3, 8, 8), torch.arange(8))
-        method.leave_stage(stage)
-    with pytest.raises(ConfigError) as raised:
-        built("channels_last", name="resnet10", width=width)
-    assert_one_line(raised.value, "model.memory_format", "fewer than 16 channels", "use contiguous")
-
-
-@pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
-def test_a_narrow_sub_model_of_a_wide_network_is_contiguous(name: str) -> None:
-    config = make_config({"model": {"name": "resnet8", "width": 16}, "method": {"name": name, "widths": [1.0, 0.25]}})
-    blocked = build_network(config.model, (3, 8, 8), 10, 0)
-    assert blocked.channels_last
-    method = make_method(config, blocked)
-    stage = method.enter_stage(0, CPU)
-    labels = torch.arange(10)
-    for level, wide in ((0, False), (1, True)):
-        part = method.enter_level(0, level, CPU)
-        laid = {is_channels_last(p) for p in part.parameters() if p.dim() == 4 and p.shape[2] > 1 < p.shape[1]}
-        assert laid == {wide}
-        LocalTrainer(part, config.train).step(torch.rand(8, 3, 8, 8), torch.arange(8))
-        index = method.part_index(stage, part, 0, labels)  # fedrolex has not rolled yet
-        # the same place of the same tensor, whichever way it lies
-        for slot in part.flat.slots:
-            whole = next(other for other in stage.flat.slots if other.path == slot.path)
-            places = torch.arange(len(stage.flat))
-            expected = whole.view_of(places)[tuple(slice(size) for size in slot.shape)]
-            assert torch.equal(slot.view_of(index), expected)
-
-
 class ViewedInEvaluation(Viewed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv2(self.conv1(x).relu()).relu()
@@ -206,3 +168,62 @@ def test_a_forward_that_calls_view_stays_as_it_is() -> None:
     with pytest.raises(ConfigError) as raised:
         built("channels_last", **own)
     assert_one_line(raised.value, "model.memory_format", "view", "use contiguous")
+
+
+class Strided(Viewed):
+    """A shortcut of few channels, as a function."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: object = None, width: int = 4) -> None:
+        super().__init__(num_classes, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(4, width, 1, 1))
+        self.fc = nn.Linear(4 * 16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(self.conv1(x).relu()).relu()
+        return self.fc(nn.functional.conv2d(x, self.weight, stride=2).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "spoilt"),
+    [
+        (nn.Conv2d(4, 8, 1, 2), True),
+        (nn.Conv2d(15, 32, 1, (1, 2)), True),
+        (nn.Conv2d(32, 32, 1, 2, groups=4), True),
+        (nn.Conv2d(16, 32, 1, 2), False),
+        (nn.Conv2d(4, 8, 1), False),
+        (nn.Conv2d(4, 8, 3, 2), False),
+        (nn.Linear(4, 8), False),
+    ],
+)
+def test_convolutions_with_which_torch_spoils_memory_are_known(layer: nn.Module, spoilt: bool) -> None:
+    assert spoils(nn.Sequential(nn.ReLU(), layer)) == spoilt
+
+
+def test_networks_with_such_convolutions_stay_contiguous() -> None:
+    assert not built("auto", width=8).channels_last
+    assert built("auto", name="vgg11", width=8).channels_last  # it has none
+    with pytest.raises(ConfigError) as raised:
+        built("channels_last", width=8)
+    assert_one_line(raised.value, "model.memory_format", "fewer than 16 channels", "use contiguous")
+    assert not takes_channels_last(Strided(), (3, 8, 8))
+    assert takes_channels_last(Strided(width=16), (3, 8, 8))
+    config = make_config({"model": {"name": "vgg11", "width": 8}, "method": {"output_module": "block"}})
+    with pytest.raises(ConfigError) as raised:
+        make_method(config, build_network(config.model, (3, 32, 32), 10, 0))
+    assert_one_line(raised.value, "method.output_module", "model.memory_format=contiguous")
+
+
+def test_a_narrow_sub_model_may_lie_otherwise_than_the_whole() -> None:
+    config = make_config({"method": {"name": "heterofl"}, "model": {"width": 16}})
+    method = make_method(config, build_network(config.model, (3, 8, 8), 10, 0))
+    stage, part = method.enter_stage(0, CPU), method.enter_level(0, 0, CPU)
+    wide = {slot.path: slot for slot in stage.flat.slots}
+    assert any(slot.channels_last for slot in stage.flat.slots)
+    assert not any(slot.channels_last for slot in part.flat.slots)
+    values = stage.flat.values()
+    taken = values[method.part_index(stage, part, 1, torch.arange(10))]
+    for slot in part.flat.slots:
+        whole = wide[slot.path].view_of(values)
+        assert torch.equal(slot.view_of(taken), whole[tuple(slice(size) for size in slot.shape)]), slot.path

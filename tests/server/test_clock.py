@@ -117,12 +117,14 @@ def test_what_holds_for_every_round(pairs, participants, deadline_s):
 # --- the clock over rounds and stages
 
 
-def cost(*, step: int, forward: int, trained: int, frozen: int = 0, memory: int = 100) -> StageCost:
+def cost(
+    *, step: int, forward: int, trained: int, frozen: int = 0, memory: int = 100, frozen_flops: int = 0
+) -> StageCost:
     return StageCost(
         name="a stage",
         memory_bytes=memory,
         step_flops=step,
-        frozen_flops=0,
+        frozen_flops=frozen_flops,
         forward_flops=forward,
         trained_elements=trained,
         watched_parameters=trained,
@@ -292,6 +294,31 @@ def test_waiting_for_a_device_is_charged():
 
 
 # --- going on
+
+
+def test_a_device_that_stores_features_runs_its_frozen_blocks_once_a_stage():
+    stage = cost(step=100, forward=40, trained=50, frozen_flops=30)
+    levels = ((cost(step=100, forward=40, trained=50),), (stage,), (stage,))
+    now = clock(levels=levels, prefix="stored")
+    assert now.train_flops.tolist() == [100, 200, 400]
+    assert not now.stores().any()  # nothing is frozen
+    now.enter_stage(1)
+    assert now.train_flops.tolist() == [70 + 30, 140 + 60, 280 + 120]
+    one_round(now, [0, 1])
+    assert now.flops == 100 + 200
+    assert now.stores().tolist() == [False, False, True]
+    assert now.train_flops.tolist() == [70, 140, 400]
+    again = clock(levels=levels, prefix="stored")
+    again.enter_stage(1)
+    again.load_state_dict(json.loads(json.dumps(now.state_dict())))
+    assert again.stores().tolist() == [False, False, True]
+    now.end_round([report(2, "out of memory")])
+    assert now.stores().tolist() == [False, False, True]  # it has not completed
+    now.enter_stage(2)
+    assert now.stores().all()
+    now.views = 3
+    now.enter_stage(2)
+    assert now.train_flops.tolist() == [70 + 90, 140 + 180, 280 + 360]
 
 
 def test_a_state_goes_through_json_and_goes_on_where_it_was():

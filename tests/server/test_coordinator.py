@@ -345,6 +345,9 @@ def test_evaluations_and_checkpoints_come_on_time_and_at_every_end():
     }
     verdicts = drive(coordinator(values))
     assert [n for n, verdict in enumerate(verdicts, 1) if verdict.evaluate] == [3, 4, 6, 8, 9, 12]
+    assert not any(verdict.evaluate_sampled for verdict in verdicts)
+    sampled = drive(coordinator({**values, "eval": {"every_rounds": 3, "samples": 50}}))
+    assert [n for n, verdict in enumerate(sampled, 1) if verdict.evaluate_sampled] == [1, 2, 5, 7, 10, 11]
     assert [n for n, verdict in enumerate(verdicts, 1) if verdict.checkpoint] == [4, 5, 8, 10, 12]
 
 

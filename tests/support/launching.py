@@ -169,10 +169,14 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "summary.json").read_text())  # type: ignore[no-any-return]
 
 
+# What rounds tell of the machine, not of the experiment.
+OF_THE_MACHINE = ("wall_s", "imbalance", "parts_s", "parts_processor_s")
+
+
 def without_wall_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records of rounds and stages, less what may differ between two runs of the same experiment."""
     return [
-        {key: value for key, value in record.items() if key not in ("wall_s", "parts_s", "parts_processor_s")}
+        {key: value for key, value in record.items() if key not in OF_THE_MACHINE}
         for record in records
         if record["kind"] in ("round", "stage")
     ]

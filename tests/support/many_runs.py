@@ -57,8 +57,8 @@ def run_task(task: dict[str, Any]) -> list[int]:
 def run_and_die(config: Config, run_dir: Path, last_round: int, launch: Launch) -> int:
     """Run until rank 0 has written the line of a round, and die there as by SIGKILL."""
 
-    def record_and_die(self: Experiment, result: Any, started: float) -> dict[str, Any]:
-        told = record_round(self, result, started)
+    def record_and_die(self: Experiment, result: Any, *facts: Any) -> dict[str, Any]:
+        told = record_round(self, result, *facts)
         if result.plan.round >= last_round:
             os.kill(os.getpid(), signal.SIGKILL)
         return told

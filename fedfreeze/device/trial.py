@@ -1,0 +1,176 @@
+"""Every stage tried on a GPU before anything is trained: what its allocator reserves, whether its kernels repeat."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedfreeze.config.schema import Config, ModelConfig
+from fedfreeze.data.batches import training_batches
+from fedfreeze.data.store import Data, Split
+from fedfreeze.device.cap import DeviceMemory, MemoryCap, make_cap
+from fedfreeze.device.cost import Costs, StageCost, trained_stage
+from fedfreeze.device.on_gpu import held_for, one_pass, warm_up
+from fedfreeze.errors import ConfigError, UnavailableError
+from fedfreeze.methods import full_model_stage, make_method, method_class
+from fedfreeze.network.blocks import build_network
+from fedfreeze.network.probing import ImageShape
+from fedfreeze.network.stage import LocalTrainer, Stage
+from fedfreeze.plugins import own_code
+from fedfreeze.seeds import global_seed
+
+_NO_KERNEL = " does not have a deterministic implementation"
+
+
+def model_on(config: Config, fitted: dict[str, Any], device: torch.device) -> ModelConfig:
+    """Return the configuration of the network that is built where `device` computes."""
+    model = method_class(config).network(config.model, fitted)
+    if model.memory_format == "auto" and device.type != "cpu":
+        return replace(model, memory_format="contiguous")  # what GPUs gain by it has not been measured
+    return model
+
+
+def with_reserved(
+    config: Config,
+    costs: Costs,
+    image_shape: ImageShape,
+    num_classes: int,
+    fitted: dict[str, Any],
+    device: torch.device,
+) -> Costs:
+    """Return the costs with the memory that each stage, and each of its sub-models, reserves on this GPU, if larger.
+
+    The allocator rounds up and leaves gaps, so a device whose cap lies between would be chosen and fail. Measured
+    under no cap; the full model is left as predicted where this GPU cannot hold it. Raises UnavailableError for a stage
+    that it cannot hold, ConfigError for a layer that has no kernel whose result repeats.
+    """
+    cap = make_cap(device)
+    data = black_images(config.train.batch_size, image_shape, num_classes)
+    model = model_on(config, fitted, device)
+    method = make_method(config, build_network(model, image_shape, num_classes, config.seed), fitted)
+    found = []
+    for index, levels in enumerate(costs.levels):
+        tried = []
+        for level, cost in enumerate(levels):
+            cap.begin_stage()
+            with _memory_told(config, device), trained_stage(config, method, index, level, device) as stage:
+                peak = reserved_peak(stage, config, data, cap, device)
+            tried.append(_at_least(cost, peak))
+        found.append(tuple(tried))
+    full = costs.full
+    blocked = build_network(config.model, image_shape, num_classes, config.seed)
+    cap.begin_stage()
+    # nobody trains it, but where it is a stage, too
+    with suppress(torch.OutOfMemoryError, UnavailableError, ConfigError):
+        full = _at_least(full, reserved_peak(full_model_stage(blocked, device), config, data, cap, device))
+    del blocked, method
+    gc.collect()
+    cap.begin_stage()
+    return Costs(tuple(found), full)
+
+
+class StageTrial:
+    """A stage as the emulator holds it, and devices that train on all of some data.
+
+    `cap.begin_stage` was called before the stage was made. Raises ConfigError for a layer whose kernel does not repeat.
+    """
+
+    def __init__(self, stage: Stage, config: Config, data: Data, cap: MemoryCap, device: torch.device):
+        self.stage, self.config, self.data, self.cap, self.device = stage, config, data, cap, device
+        self.rows = np.arange(len(data.train))
+        self.trainer = LocalTrainer(stage, config.train)
+        with cap.on_top(), own_code("model.factory", config.model.factory or ""), repeatable(stage, config):
+            self.held = held_for(stage, config, data, [self.rows], device, counted=False)
+            self.values = self.held.put("values", stage.flat.values())
+            warm_up(stage, config, data, [self.rows], device, self.held.samples)
+
+    def train(self, cap_bytes: int | None) -> DeviceMemory:
+        """Train one device and return what it needed; the values are put back. Raises DeviceOutOfMemoryError."""
+        config = self.config
+        try:
+            with self.cap.device(cap_bytes) as memory, global_seed(config.seed, "trial"):
+                self.trainer.begin(self.values, config.train.learning_rate)
+                drawn = one_pass(config, self.data, self.rows, "trial")
+                for images, labels in training_batches(self.data, self.rows, drawn, self.device, self.held.samples):
+                    step = partial(self.trainer.step, images, labels)
+                    self.cap.step(memory, (self, len(images)), partial(self._held, images, labels), step)
+        finally:
+            self.trainer.drop_gradients()
+        self.stage.flat.load(self.values)
+        return memory
+
+    def _held(self, *batch: torch.Tensor) -> list[torch.Tensor]:
+        return [*self.trainer.held_tensors(), *batch]
+
+
+def reserved_peak(stage: Stage, config: Config, data: Data, cap: MemoryCap, device: torch.device) -> int:
+    """Return the peak that a cap governs, in bytes, of a device under no cap; see StageTrial."""
+    return StageTrial(stage, config, data, cap, device).train(None).peak_bytes
+
+
+def black_images(batch_size: int, image_shape: ImageShape, num_classes: int) -> Data:
+    """Return black images for two batches and a half: the last of a device's is mostly smaller, which leaves gaps."""
+    count = 2 * batch_size + max(2, batch_size // 2)
+    split = Split(np.zeros((count, *image_shape), np.uint8), np.arange(count, dtype=np.int64) % num_classes)
+    channels = image_shape[0]
+    return Data(split, split, num_classes, (0.5,) * channels, (0.5,) * channels)
+
+
+def _at_least(cost: StageCost, reserved_bytes: int) -> StageCost:
+    return replace(cost, memory_bytes=max(cost.memory_bytes, reserved_bytes))
+
+
+@contextmanager
+def _memory_told(config: Config, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UnavailableError(
+            f"the memory of {device} is not enough for a stage at {config.train.batch_size} samples a batch; lower "
+            "train.batch_size or model.width, or use train.device=cpu"
+        ) from None
+
+
+@contextmanager
+def repeatable(network: nn.Module, config: Config) -> Iterator[None]:
+    """Raise ConfigError, naming layer and operation, if inside a layer runs that has no deterministic kernel."""
+    at = ["the loss"]
+    hooks = []
+    for name, module in network.named_modules():
+        if not list(module.children()):
+            hooks.append(module.register_forward_pre_hook(_noted(at, f"{type(module).__name__} ({name})")))
+            hooks.append(module.register_forward_hook(_noted_backward(at, f"{type(module).__name__} ({name})")))
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(_NO_KERNEL)
+        if not found:
+            raise
+        raise ConfigError(
+            f"{config.model.label}: {at[0]} has no kernel on GPUs that gives the same bits again "
+            f"({operation.split()[-1]}); use another layer there, or train.device=cpu"
+        ) from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _noted(at: list[str], layer: str) -> Any:
+    def hook(*_: Any) -> None:
+        at[0] = layer
+
+    return hook
+
+
+def _noted_backward(at: list[str], layer: str) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(_noted(at, layer))
+
+    return hook
