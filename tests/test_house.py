@@ -42,7 +42,6 @@ TESTED_IN = {
     "units.py": ("plan/test_cut.py", "device/test_cost.py"),
     **{f"{room}/command.py": ("test_cli.py",) for room in ("run", "plan", "data", "doctor", "compare", "track")},
     "comm/local_ranks.py": ("comm/test_ranks.py", "run/test_resume.py", "run/test_interrupts.py"),
-    "comm/mpi_transport.py": ("comm/test_every_launcher.py", "comm/test_lost_ranks.py"),
     "compare/curves.py": ("compare/test_program.py",),
     "compare/figures_of.py": ("compare/test_program.py",),
     "compare/pictures.py": ("compare/test_program.py", "compare/test_page.py"),

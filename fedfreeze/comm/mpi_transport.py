@@ -6,13 +6,22 @@ import os
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedfreeze.comm.launcher import Launch
 from fedfreeze.comm.torch_transport import host_copy
 from fedfreeze.errors import ConfigError, UnavailableError, one_line
+
+# From so many elements on, the sum goes along a ring.
+_RING_ELEMENTS = 4096
+
+# How long a rank keeps its core while it waits for the others, who are there or about to come: on a busy machine, who
+# gives it away has it back only after milliseconds.
+_SPIN_S = 5e-4
 
 
 def load_mpi() -> Any:
@@ -108,14 +117,18 @@ class MpiTransport:
         One on the GPU goes as it is with `comm.cuda_aware_mpi`, else through pinned memory.
         """
         if tensor.device.type == "cpu":
-            return MpiPending(self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, tensor.numpy()))
+            return MpiPending(self, lambda: self._sum(tensor))
         if self.by_gpu:
             torch.cuda.synchronize(self.device)  # MPI knows nothing of streams
             return MpiPending(self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, tensor))
         host = host_copy(tensor)
-        return MpiPending(
-            self, lambda: self.world.Iallreduce(self.mpi.IN_PLACE, host.numpy()), lambda: tensor.copy_(host)
-        )
+        return MpiPending(self, lambda: self._sum(host), lambda: tensor.copy_(host))
+
+    def _sum(self, tensor: torch.Tensor) -> Any:
+        """Collective: every rank must call this. Begin to sum a host tensor; return what is asked by Test."""
+        if tensor.dim() == 1 and len(tensor) >= _RING_ELEMENTS:
+            return RingSum(self.mpi, self.world, tensor.numpy())
+        return self.world.Iallreduce(self.mpi.IN_PLACE, tensor.numpy())
 
     def all_gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> "MpiPending":
         """Collective: every rank must call this. Begin to gather host tensors (length) into (world size, length)."""
@@ -130,6 +143,52 @@ class MpiTransport:
         return
 
 
+class RingSum:
+    """Sums a flat array over the ranks, in place, along a ring: its share of the sum for each rank, then all shares.
+
+    As fast as MPI's blocking sum, or faster; MPI's own non-blocking one takes two or three times as long (Open MPI),
+    and a blocking one could wait for a dead rank for ever. All ranks get the same bits; the order in which a share is
+    summed depends on the number of ranks alone. [ring: Patarasuk and Yuan, 2009]
+    """
+
+    def __init__(self, mpi: Any, world: Any, array: np.ndarray):
+        """Begin; it goes on whenever `Test` is called."""
+        self.mpi = mpi
+        self.world = world
+        self.array = array
+        self.rank, self.size = world.Get_rank(), world.Get_size()
+        self.borders = [len(array) * share // self.size for share in range(self.size + 1)]
+        self.received = np.empty(max(end - begin for begin, end in pairwise(self.borders)), dtype=array.dtype)
+        self.step = 0
+        self.requests: list[Any] = []
+        self._begin_step()
+
+    def Test(self) -> bool:
+        """Go on; return whether it is done."""
+        while self.mpi.Request.Testall(self.requests):
+            if self.step < self.size - 1:
+                target = self._share(self.rank - self.step - 1)
+                target += self.received[: len(target)]
+            self.step += 1
+            if self.step == 2 * (self.size - 1):
+                return True
+            self._begin_step()
+        return False
+
+    def _share(self, number: int) -> np.ndarray:
+        number %= self.size
+        return self.array[self.borders[number] : self.borders[number + 1]]
+
+    def _begin_step(self) -> None:
+        # first each share is added to on its way round, then the sums go round
+        adding = self.step < self.size - 1
+        sent = self._share(self.rank - self.step if adding else self.rank + self.size - self.step)
+        target = self._share(self.rank - self.step - 1 if adding else self.rank + self.size - self.step - 1)
+        got = self.received[: len(target)] if adding else target
+        left, right = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        self.requests = [self.world.Irecv(got, left), self.world.Isend(sent, right)]
+
+
 class MpiPending:
     """A collective on its way: first until all are there, which may take long, then the transfer, which does not."""
 
@@ -141,21 +200,26 @@ class MpiPending:
 
     def wait(self, seconds: float) -> bool:
         """Wait up to `seconds`; return whether it is done. Raises RuntimeError (MPI.Exception) if it has failed."""
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+        deadline = began + seconds
         pause = 0.0
         while self.request is None:
             if self.barrier.Test():
                 self.request = self.start()
+                began = time.monotonic()
             elif time.monotonic() > deadline:
                 return False
-            else:
+            elif time.monotonic() - began > _SPIN_S:
                 # others may need this core to get here: sleep, longer from time to time
                 time.sleep(pause)
                 pause = min(pause + 2e-5, 2e-3)
         while not self.request.Test():  # MPI moves the data only while it is called
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 return False
-            os.sched_yield()
+            if now - began > _SPIN_S:
+                os.sched_yield()  # another rank may need this core
+                began = now
         if self.finish is not None:
             self.finish()
         return True
