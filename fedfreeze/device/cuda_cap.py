@@ -131,10 +131,12 @@ def fraction_of(allowed_bytes: int, total_bytes: int) -> float:
 
     Rounded down, a device would fail under a cap of exactly its peak.
     """
+    if allowed_bytes >= total_bytes:
+        return 1.0
     fraction = allowed_bytes / total_bytes
     while int(fraction * total_bytes) < allowed_bytes:
-        fraction = math.nextafter(fraction, 2.0)
-    return min(1.0, fraction)
+        fraction = math.nextafter(fraction, 1.0)
+    return fraction
 
 
 def segment_of(request_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedfreeze.device.cap import DeviceOutOfMemoryError
@@ -36,6 +36,8 @@ def train(cap: CudaFractionCap, gpu: FakeGpu, cap_bytes: int | None, needs: list
 
 
 @given(st.integers(1, 2**38), st.integers(2**33, 2**38))
+@settings(max_examples=500, deadline=None)
+@example(2**38 - 1, 2**33 + 1)  # caps beyond what the card has
 def test_a_limit_is_never_rounded_below_what_is_allowed(allowed: int, total: int) -> None:
     got = int(fraction_of(allowed, total) * total)  # as torch calculates
     if allowed <= total:
