@@ -82,11 +82,8 @@ def measured(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         found["asking_rounds"] = figures_of(asking)
         found["all_rounds_beside_training"] = figures_of(rounds)["beside_training"]
     # the first rounds still fill caches
-    settled = {number: mib for number, mib in resident.items() if number > min(5, len(rounds) // 2)}
-    if settled:
-        first, last = min(settled), max(settled)
-        found["resident_mib"] = {f"round {first}": settled[first], f"round {last}": settled[last]}
-        found["resident_mib"]["largest"] = max(settled.values())
+    looks = {number: mib for number, mib in resident.items() if number % max(1, options.rounds // 10) == 0}
+    found["resident_mib"] = {str(number): round(mib, 1) for number, mib in looks.items()}
     return found
 
 

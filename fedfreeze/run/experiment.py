@@ -180,7 +180,7 @@ class Experiment:
             elif self.ranks.is_root:
                 # a GPU's values are overwritten in the next round, those of a CPU are not
                 values = self.emulator.values.cpu()
-                self._unsaved = Unsaved(self._state(), values, list(self.window.updates))
+                self._unsaved = Unsaved(json.loads(json.dumps(self._state())), values, list(self.window.updates))
             self.preemption.round_ends()
             ended = verdict.stop
         self.ranks.decide(lambda: self._finish(stage))
@@ -345,18 +345,16 @@ class Experiment:
         self._unsaved = None
 
     def _state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds besides tensors, as of the end of this round, whatever changes later."""
+        """Return what a checkpoint holds besides tensors; whoever keeps it copies it, as it may change later."""
         assert self.coordinator is not None
         assert self.history is not None
-        state: dict[str, Any] = {
+        return {
             "coordinator": self.coordinator.state_dict(),
             "history": self.history.state_dict(),
             "metrics_bytes": self.folder.metrics_bytes(),
             "inputs": self._inputs,
             "round_s": self.preemption.round_s,
         }
-        copied: dict[str, Any] = json.loads(json.dumps(state))
-        return copied
 
     def _save_finished_rounds(self) -> None:
         """On rank 0, without the others: the round in progress is dropped, but not those before it."""

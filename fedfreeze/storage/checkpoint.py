@@ -50,6 +50,7 @@ class CheckpointStore:
         self.keep = keep
         self.notice = notice
         self._update_digests: dict[int, str] = {}
+        self._needed_by: dict[str, set[int]] = {}  # folder of a checkpoint -> rounds whose updates it refers to
 
     def save(
         self,
@@ -88,6 +89,7 @@ class CheckpointStore:
             _remove(final)  # one that was torn, or from rounds that are done again
             temporary.rename(final)
             _sync(self.folder)
+            self._needed_by[final.name] = {number for number, _ in needed}
             self._drop_old()
         except BaseException as error:  # Ctrl-C too leaves nothing half-written
             _remove(temporary)
@@ -172,18 +174,23 @@ class CheckpointStore:
         kept = self._rounds()[-self.keep :]
         for folder in self._rounds()[: -self.keep]:
             _remove(folder)
-        needed: set[int] = set()
-        for folder in kept:
-            try:
-                outer = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                needed |= {number for number, _ in json.loads(outer["content"])["updates"]}
-            except (*_TORN, OSError):
-                continue  # torn: it cannot be used, so it needs nothing
+        self._needed_by = {folder.name: self._needed_of(folder) for folder in kept}
+        needed = set().union(*self._needed_by.values())
         for path in (self.folder / "updates").glob("round-*.safetensors"):
             number = path.stem.removeprefix("round-")
             if number.isdecimal() and int(number) not in needed:
                 path.unlink(missing_ok=True)
                 self._update_digests.pop(int(number), None)
+
+    def _needed_of(self, folder: Path) -> set[int]:
+        """Return the rounds whose updates a checkpoint refers to; one of an earlier life of the run is read."""
+        if folder.name in self._needed_by:
+            return self._needed_by[folder.name]
+        try:
+            outer = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return {number for number, _ in json.loads(outer["content"])["updates"]}
+        except (*_TORN, OSError):
+            return set()  # torn: it cannot be used, so it needs nothing
 
 
 def weight_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
