@@ -33,6 +33,11 @@ def lay_channels_last(module: nn.Module) -> None:
     _lay(module, torch.channels_last)
 
 
+def lay_contiguous(module: nn.Module) -> None:
+    """Let the weights of convolutions lie one channel after the other; what the values are does not change."""
+    _lay(module, torch.contiguous_format)
+
+
 def _lay(module: nn.Module, memory_format: torch.memory_format) -> None:
     for parameter in module.parameters():
         if parameter.dim() == 4 and not isinstance(parameter, FakeTensor):

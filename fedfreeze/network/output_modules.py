@@ -6,7 +6,7 @@ from torch import nn
 from fedfreeze.config.schema import MethodConfig
 from fedfreeze.errors import ConfigError
 from fedfreeze.network.blocks import BlockedNetwork
-from fedfreeze.network.memory import lay_channels_last, spoils
+from fedfreeze.network.memory import lay_channels_last, lay_contiguous, spoils
 from fedfreeze.network.models.resnet import BasicBlock, conv3x3, norm_layer
 from fedfreeze.network.models.vit import EncoderLayer, TokenMean
 from fedfreeze.network.probing import Shape
@@ -38,13 +38,9 @@ class OutputModules(nn.Module):
             else:
                 for before, after in zip(blocked.shapes[:-1], blocked.shapes[1:], strict=True):
                     self.surrogates.append(_surrogate(method.output_module, before, after, norm))
-        if blocked.channels_last:
-            if spoils(self.surrogates):
-                raise ConfigError(
-                    f"method.output_module: {method.output_module} has 1x1 convolutions with a stride over fewer than "
-                    "16 channels, with which torch spoils its own memory under channels_last; set "
-                    "model.memory_format=contiguous"
-                )
+        if blocked.channels_last and spoils(self.surrogates):
+            lay_contiguous(blocked.network)  # what comes out of it would lie channels last, too
+        elif blocked.channels_last:
             lay_channels_last(self.surrogates)
 
     def behind(self, block: int) -> nn.Sequential:

@@ -209,10 +209,15 @@ def test_networks_with_such_convolutions_stay_contiguous() -> None:
     assert_one_line(raised.value, "model.memory_format", "fewer than 16 channels", "use contiguous")
     assert not takes_channels_last(Strided(), (3, 8, 8))
     assert takes_channels_last(Strided(width=16), (3, 8, 8))
+
+
+def test_output_modules_with_such_convolutions_have_the_network_contiguous() -> None:
     config = make_config({"model": {"name": "vgg11", "width": 8}, "method": {"output_module": "block"}})
-    with pytest.raises(ConfigError) as raised:
-        make_method(config, build_network(config.model, (3, 32, 32), 10, 0))
-    assert_one_line(raised.value, "method.output_module", "model.memory_format=contiguous")
+    blocked = build_network(config.model, (3, 32, 32), 10, 0)
+    assert blocked.channels_last
+    stage = make_method(config, blocked).enter_stage(0, CPU)
+    assert not any(is_channels_last(parameter) for parameter in stage.parameters())
+    assert spoils(stage)
 
 
 def test_a_narrow_sub_model_may_lie_otherwise_than_the_whole() -> None:
