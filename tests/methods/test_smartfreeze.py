@@ -198,5 +198,6 @@ def test_blocks_that_start_anew_are_told_once_with_the_reason(tmp_path: Path) ->
     reason = "it has a step (Tanh) that is no ReLU and no pooling"
     assert notices == [
         f"notice: method.start: blocks 2, 4 start anew, not from the surrogate: {reason}",
-        "notice: cache.features: nothing is kept, as data.augment=crop_flip has no end of views; data.views gives it one",
+        "notice: cache.features: nothing is kept, as data.augment=crop_flip has no end of views; data.views gives it "
+        "one",
     ]
