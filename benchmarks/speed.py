@@ -30,7 +30,7 @@ from torch.nn import functional
 from fedfreeze.compute import keep_freed_memory
 from fedfreeze.config.file import make_config
 from fedfreeze.network.blocks import build_network
-from fedfreeze.network.memory import gains, lay_channels_last
+from fedfreeze.network.memory import gains, lay_channels_last, spoils
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,41 +146,54 @@ def by_plain_loop(name: str, ranks: int) -> dict[str, float]:
     return {"wall_s": statistics.median(walls), "processor_s": sum(one["processor_s"] for one in found)}
 
 
+class PlainLoop:
+    """Trains devices after one another from the same weights, as one would write it in PyTorch."""
+
+    def __init__(self, work: Work, devices: int):
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        torch.manual_seed(0)
+        self.work = work
+        model = replace(make_config({"model": work.model}).model, memory_format="contiguous")
+        self.network = build_network(model, work.shape, 10, 0).network.train()
+        if gains(self.network) and not spoils(self.network):
+            lay_channels_last(self.network)
+        self.images = torch.randint(0, 256, (devices * work.samples, *work.shape), dtype=torch.uint8)
+        self.labels = torch.randint(0, 10, (devices * work.samples,))
+        parameters = self.network.parameters()
+        self.optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+        named = self.network.state_dict(keep_vars=True)
+        self.tensors = [tensor for tensor in named.values() if tensor.is_floating_point()]
+        self.start = [tensor.detach().clone() for tensor in self.tensors]
+
+    def train(self, device: int, total: list[torch.Tensor]) -> None:
+        """Train one device and add what it changed."""
+        with torch.no_grad():
+            torch._foreach_copy_([tensor.data for tensor in self.tensors], self.start)
+        self.optimizer.state.clear()
+        rows = torch.randperm(self.work.samples) + device * self.work.samples
+        for chosen in rows.split(self.work.batch_size):
+            batch = (self.images[chosen].float() / 255 - 0.5) / 0.25
+            self.optimizer.zero_grad()
+            functional.cross_entropy(self.network(batch), self.labels[chosen]).backward()
+            self.optimizer.step()
+        with torch.no_grad():
+            change = torch._foreach_sub([tensor.data for tensor in self.tensors], self.start)
+            torch._foreach_add_(total, change, alpha=self.work.samples)
+
+
 def plain_loop(work: Work, devices: int, rounds: int) -> dict[str, Any]:
-    """Train some devices after one another from the same weights, and sum what they changed."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    torch.manual_seed(0)
-    config = make_config({"model": work.model})
-    model = replace(config.model, memory_format="contiguous")
-    network = build_network(model, work.shape, 10, 0).network.train()
-    if gains(network):
-        lay_channels_last(network)
-    images = torch.randint(0, 256, (devices * work.samples, *work.shape), dtype=torch.uint8)
-    labels = torch.randint(0, 10, (devices * work.samples,))
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
-    tensors = [tensor for tensor in network.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
-    start = [tensor.detach().clone() for tensor in tensors]
+    """Return the wall seconds of each round but the first, and the processor seconds of one."""
+    loop = PlainLoop(work, devices)
     walls = []
     began = 0.0
     for number in range(rounds + 1):
         if number == 1:
             began = time.process_time()
         started = time.perf_counter()
-        total = [torch.zeros_like(tensor) for tensor in start]
+        total = [torch.zeros_like(tensor) for tensor in loop.start]
         for device in range(devices):
-            with torch.no_grad():
-                torch._foreach_copy_([tensor.data for tensor in tensors], start)
-            optimizer.state.clear()
-            rows = torch.randperm(work.samples) + device * work.samples
-            for chosen in rows.split(work.batch_size):
-                batch = (images[chosen].float() / 255 - 0.5) / 0.25
-                optimizer.zero_grad()
-                functional.cross_entropy(network(batch), labels[chosen]).backward()
-                optimizer.step()
-            with torch.no_grad():
-                change = torch._foreach_sub([tensor.data for tensor in tensors], start)
-                torch._foreach_add_(total, change, alpha=work.samples)
+            loop.train(device, total)
         walls.append(time.perf_counter() - started)
     return {"wall_s": walls[1:], "processor_s": (time.process_time() - began) / rounds}
 
