@@ -110,7 +110,12 @@ def louvain(graph: "csr_matrix", seed: int) -> list[list[int]]:
     found = [alone] if alone else []
     if len(linked):
         method = Louvain(
-            tol_optimization=_TOLERANCE, tol_aggregation=_TOLERANCE, shuffle_nodes=True, random_state=seed % 2**32
+            tol_optimization=_TOLERANCE,
+            tol_aggregation=_TOLERANCE,
+            shuffle_nodes=True,
+            return_probs=False,
+            return_aggregate=False,
+            random_state=seed % 2**32,
         )
         labels = method.fit_predict(graph[linked][:, linked])
         order = np.argsort(labels, kind="stable")
