@@ -55,4 +55,5 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def assert_no_leftovers(folder: Path) -> None:
-    assert leftovers(folder) == []
+    left = leftovers(folder)
+    assert not left, left
