@@ -77,7 +77,7 @@ def measured(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     rounds = [line for line in lines if line["kind"] == "round"]
     asking = [line for line in rounds if line["probed"]]
     plain = [line for line in rounds[1:] if not line["probed"]]
-    found: dict[str, Any] = {"plain_rounds": figures_of(plain), "run_folder_mib": written / 2**20}
+    found: dict[str, Any] = {"run_folder_mib": written / 2**20} | ({"plain_rounds": figures_of(plain)} if plain else {})
     if asking:
         found["asking_rounds"] = figures_of(asking)
         found["all_rounds_beside_training"] = figures_of(rounds)["beside_training"]
