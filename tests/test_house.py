@@ -64,7 +64,6 @@ TESTED_IN = {
     "methods/fedrolex.py": ("methods/test_levels.py", "methods/test_merges.py"),
     "methods/heterofl.py": ("methods/test_levels.py", "methods/test_merges.py"),
     "methods/widths.py": ("methods/test_levels.py", "methods/test_merges.py"),
-    "network/flat.py": ("network/test_stage.py",),
     "network/output_modules.py": ("network/test_stage.py", "network/test_blocks.py"),
     **{f"network/models/{name}.py": ("network/test_models.py", "network/test_blocks.py") for name in MODEL_FILES},
     "network/modes.py": ("network/test_following.py",),

@@ -160,8 +160,10 @@ class DepthFL(Method):
     def part_index(self, stage: Stage, part: Stage, round_number: int, labels: torch.Tensor) -> torch.Tensor:
         """See Method."""
         whole = {slot.path: slot for slot in stage.flat.slots}
-        found = [torch.arange(whole[slot.path].begin, whole[slot.path].end) for slot in part.flat.slots]
-        return torch.cat(found)
+        index = torch.full((len(part.flat),), -1)
+        for slot in part.flat.slots:
+            index[slot.begin : slot.end] = torch.arange(whole[slot.path].begin, whole[slot.path].end)
+        return index
 
     def deployed(self, stage: int) -> nn.Module:
         """See Method."""

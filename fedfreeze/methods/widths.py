@@ -204,7 +204,7 @@ class WidthScaled(Method):
     def part_index(self, stage: Stage, part: Stage, round_number: int, labels: torch.Tensor) -> torch.Tensor:
         """See Method. The classifier's rows of labels that the device lacks are its own."""
         whole = {slot.path: slot for slot in stage.flat.slots}
-        index = torch.empty(len(part.flat), dtype=torch.int64)
+        index = torch.full((len(part.flat),), -1)
         classifier = classifier_of(part, self.blocked.num_classes)
         absent = torch.ones(self.blocked.num_classes, dtype=torch.bool)
         absent[labels] = False

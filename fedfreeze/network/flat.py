@@ -10,6 +10,14 @@ from torch import nn
 from fedfreeze.network.memory import is_channels_last
 
 
+def aligned_elements(device: torch.device) -> int:
+    """Return of how many elements the place of a tensor in the flat buffer is a multiple.
+
+    Kernels of GPUs read four floats at a time, and fail where a tensor begins in between ("misaligned address").
+    """
+    return 1 if device.type == "cpu" else 4
+
+
 @dataclass(frozen=True)
 class Slot:
     """One tensor of the part: where it lives, and its place in the flat buffer."""
@@ -58,11 +66,13 @@ class FlatPart:
     whole buffer is what one all-reduce carries. A tensor that several modules share has one place. A parameter that
     does not require gradients has none: it never changes. Whole-number buffers (counts of batches) are not averaged:
     `load` puts them back to what they were, so that they do not depend on which rank trained. The elements of a tensor
-    stand as they lie in memory, so those of a convolution's weights may stand channels last.
+    stand as they lie in memory, so those of a convolution's weights may stand channels last. On a GPU a few zeros may
+    stand before a tensor, so that it begins where kernels can read it; they belong to no slot and stay zero.
     """
 
     def __init__(self, active: nn.Module, output_module: nn.Module, device: torch.device):
         self.slots: list[Slot] = []
+        self._aligned = aligned_elements(device)
         self._counters: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
         parts = (("active", active), ("output_module", output_module))
         end = self._place(active, "active", "_parameters", 0)
@@ -72,9 +82,12 @@ class FlatPart:
         for prefix, part in parts:
             end = self._place(part, prefix, "_buffers", end)
         self._statistics = [slot for slot in self.slots if not slot.is_parameter]
-        tensors = [slot.flattened(slot.tensor.detach()) for slot in self.slots]
-        empty = torch.zeros(0, device=device)
-        self.buffer = torch.cat([empty, *(t.to(device=device, dtype=torch.float32) for t in tensors)])
+        tensors = [torch.zeros(0, device=device)]
+        for slot, begin_of_next in zip(self.slots, [*(slot.begin for slot in self.slots[1:]), end], strict=True):
+            tensors.append(slot.flattened(slot.tensor.detach()).to(device=device, dtype=torch.float32))
+            if begin_of_next > slot.end:
+                tensors.append(torch.zeros(begin_of_next - slot.end, device=device))
+        self.buffer = torch.cat(tensors)
         for slot in self.slots:
             if slot.tensor.dtype == torch.float32:
                 slot.tensor.data = self._view(slot)
@@ -93,13 +106,17 @@ class FlatPart:
                 continue
             last = is_channels_last(tensor)
             self.slots.append(Slot(path, owner, name, tensor, tensor.shape, end, end + tensor.numel(), last))
-            end += tensor.numel()
+            end = self._after(self.slots[-1])
         return end
+
+    def _after(self, slot: Slot) -> int:
+        """Return where the next tensor may begin."""
+        return -(-slot.end // self._aligned) * self._aligned
 
     def parameters_of(self, module: nn.Module) -> int:
         """Return how many of its elements are parameters of a module."""
         own = {id(parameter) for parameter in module.parameters()}
-        return sum(slot.end - slot.begin for slot in self.slots if id(slot.tensor) in own)
+        return sum(self._after(slot) - slot.begin for slot in self.slots if id(slot.tensor) in own)
 
     def _view(self, slot: Slot) -> torch.Tensor:
         return slot.view_of(self.buffer)
