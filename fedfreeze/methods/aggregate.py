@@ -108,41 +108,39 @@ class UpdateSum:
         update = torch.where(usable, update, 0.0)  # what is no number must not become a whole one
         share: int | torch.Tensor = weight
         if index is not None:
-            sent = index >= 0
-            update = torch.where(sent, update, 0.0)
-            share, index = weight * sent, index.clamp(min=0)
+            update, share = self._spread(update, index), weight * self._spread(torch.ones_like(index), index)
         large = torch.zeros_like(usable)
         if self.exact:
             scaled = update.double().mul_(2.0**self.bits).round_()
             if self.statistics_from < len(self.total):
-                large = self._add_over_if_large(update, scaled, share, index)
+                large = self._add_over_if_large(update, scaled, share)
             term = scaled.to(torch.int64) * share
         else:
             term = update * share
-        if index is None:
-            self.total += term
-        else:
-            self.total.index_add_(0, index, term)
+        self.total += term
         if self.count is not None:
-            counted = usable * share
-            if index is None:
-                self.count += counted
-            else:
-                self.count.index_add_(0, index, counted)
+            self.count += usable * share
         return large
 
-    def _add_over_if_large(
-        self, update: torch.Tensor, scaled: torch.Tensor, share: int | torch.Tensor, index: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _spread(self, part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return a tensor as long as the sum that has the elements of a part where `index` says, else zero.
+
+        What belongs nowhere has places of its own behind the end: on a GPU, sums and copies to one place would come one
+        after the other, a second for a large network.
+        """
+        elements = len(self.total)
+        behind = torch.arange(elements, elements + len(index), device=index.device)
+        found = part.new_zeros(elements + len(index))
+        return found.index_copy_(0, torch.where(index >= 0, index, behind), part)[:elements]
+
+    def _add_over_if_large(self, update: torch.Tensor, scaled: torch.Tensor, share: int | torch.Tensor) -> torch.Tensor:
         """Do what `_add_over` does if a statistic is beyond UPDATE_LIMIT, and return whether one is, (), bool."""
-        places = torch.arange(len(scaled), device=scaled.device) if index is None else index
-        statistics = places >= self.statistics_from
-        large = (statistics & (update.abs() > UPDATE_LIMIT)).any()
+        large = (update[self.statistics_from :].abs() > UPDATE_LIMIT).any()
         step = UPDATE_LIMIT * 2.0**self.bits
-        multiples = torch.where(statistics & large, torch.trunc(scaled / step), 0.0)
-        scaled.sub_(multiples * step)
-        term = multiples.to(torch.int64) * share
-        self.make_over().index_add_(0, (places - self.statistics_from).clamp(min=0), term)
+        multiples = torch.where(large, torch.trunc(scaled[self.statistics_from :] / step), 0.0)
+        scaled[self.statistics_from :] -= multiples * step
+        of_statistics = share[self.statistics_from :] if isinstance(share, torch.Tensor) else share
+        self.make_over().add_(multiples.to(torch.int64) * of_statistics)
         return large
 
     def _add_over(self, scaled: torch.Tensor, weight: int, index: torch.Tensor | None) -> None:
