@@ -59,15 +59,15 @@ def with_reserved(
         tried = []
         for level, cost in enumerate(levels):
             cap.begin_stage()
-            with _memory_told(config, device), trained_stage(config, method, index, level, device) as stage:
+            with trained_stage(config, method, index, level, device) as stage:
                 peak = reserved_peak(stage, config, data, cap, device)
             tried.append(_at_least(cost, peak))
         found.append(tuple(tried))
     full = costs.full
-    blocked = build_network(config.model, image_shape, num_classes, config.seed)
+    blocked = build_network(model, image_shape, num_classes, config.seed)
     cap.begin_stage()
     # nobody trains it, but where it is a stage, too
-    with suppress(torch.OutOfMemoryError, UnavailableError, ConfigError):
+    with suppress(UnavailableError, ConfigError):
         full = _at_least(full, reserved_peak(full_model_stage(blocked, device), config, data, cap, device))
     del blocked, method
     gc.collect()
@@ -124,17 +124,6 @@ def black_images(batch_size: int, image_shape: ImageShape, num_classes: int) -> 
 
 def _at_least(cost: StageCost, reserved_bytes: int) -> StageCost:
     return replace(cost, memory_bytes=max(cost.memory_bytes, reserved_bytes))
-
-
-@contextmanager
-def _memory_told(config: Config, device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UnavailableError(
-            f"the memory of {device} is not enough for a stage at {config.train.batch_size} samples a batch; lower "
-            "train.batch_size or model.width, or use train.device=cpu"
-        ) from None
 
 
 @contextmanager

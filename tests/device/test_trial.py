@@ -150,13 +150,24 @@ def test_a_trial_names_the_layer_too_and_leaves_no_hooks() -> None:
 
 def test_a_gpu_that_cannot_hold_a_stage_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        raise UnavailableError("the memory of cuda:0 is not enough")
 
     config = config_of()
     costs = measure_costs(config, SHAPE, 10)
     monkeypatch.setattr(trial, "reserved_peak", full)
-    with pytest.raises(UnavailableError, match="the memory of cpu is not enough for a stage at 8 samples"):
+    with pytest.raises(UnavailableError, match="the memory of cuda:0 is not enough"):
         with_reserved(config, costs, SHAPE, 10, {}, CPU)
+
+
+def test_each_network_is_laid_as_where_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full model once was not, and was measured with kernels that no device runs."""
+    built, build = [], trial.build_network
+    monkeypatch.setattr(trial, "model_on", lambda config, *_: replace(config.model, memory_format="contiguous"))
+    monkeypatch.setattr(trial, "build_network", lambda model, *facts: built.append(model) or build(model, *facts))
+    config = config_of()
+    with_reserved(config, measure_costs(config, SHAPE, 10), SHAPE, 10, {}, CPU)
+    assert {model.memory_format for model in built} == {"contiguous"}
+    assert len(built) == 2
 
 
 @pytest.mark.gpu

@@ -1,12 +1,15 @@
 """A GPU's caching allocator as far as the caps see it, in place of torch.cuda's functions; no GPU is there."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from fedfreeze.device.cuda_cap import segment_of
+from fedfreeze.device import cuda_cap
 from fedfreeze.units import MIB
 
 FUNCTIONS = (
+    "memory_snapshot",
     "synchronize",
     "empty_cache",
     "memory_allocated",
@@ -16,6 +19,15 @@ FUNCTIONS = (
     "set_per_process_memory_fraction",
     "get_device_properties",
 )
+
+
+def segment_of(request_bytes: int) -> int:
+    """Return the bytes of the segment that the allocator reserves for a request, where none has room for it."""
+    if request_bytes <= MIB:
+        return 2 * MIB
+    if request_bytes < 10 * MIB:
+        return 20 * MIB
+    return -(-request_bytes // (2 * MIB)) * 2 * MIB
 
 
 class FakeGpu:
@@ -30,6 +42,7 @@ class FakeGpu:
         self.peak_bytes = 0
         self.limit_bytes = total_bytes
         self.calls: list[str] = []
+        self.observers: list[Callable[..., None]] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in FUNCTIONS:
@@ -39,6 +52,9 @@ class FakeGpu:
                 return getattr(self, name)(*arguments)
 
             monkeypatch.setattr(torch.cuda, name, called)
+        monkeypatch.setattr(cuda_cap, "warm_cublas", lambda device: None)
+        monkeypatch.setattr(cuda_cap, "_attached", False)
+        monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", self.observers.append, raising=False)
 
     def take(self, request_bytes: int) -> None:
         """Allocate, as the allocator does: from what is cached, else a segment, else with the cache given back."""
@@ -48,6 +64,8 @@ class FakeGpu:
         elif not self._fits(segment):
             self.cached.clear()
             if not self._fits(segment):
+                for observer in self.observers:
+                    observer(0, segment, self.limit_bytes, 0)
                 raise torch.OutOfMemoryError(
                     f"CUDA out of memory. Tried to allocate {request_bytes / MIB:.2f} MiB. GPU 0 has a total capacity"
                 )
@@ -67,6 +85,9 @@ class FakeGpu:
 
     def empty_cache(self) -> None:
         self.cached.clear()
+
+    def memory_snapshot(self) -> list[dict[str, object]]:
+        return []
 
     def memory_allocated(self, device: object = None) -> int:
         return sum(self.live)
