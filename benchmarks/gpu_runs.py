@@ -1,6 +1,5 @@
 """Checks of the GPU path that start runs: the same bits, killed ranks, a study; used by gpu_checks.py."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_table import ROOT, Row, die_with_parent, run_limited
+from gpu_table import ROOT, Row, kill_all, run_limited, start
 
 from fedfreeze.comm.launcher import Launch
 from fedfreeze.comm.torch_transport import TorchTransport
@@ -145,20 +144,12 @@ def shared(setting: Setting, config: Path, run_dir: Path) -> tuple[list[str], st
 def resumed(setting: Setting, config: Path, run_dir: Path) -> tuple[list[str], str]:
     """Run on two ranks, kill all of them after two rounds, and run again."""
     command = program(run_dir, config, ranks=2)
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
+    process = start(command)  # of so few rounds that nobody need read what it says
     while len(rounds_of(run_dir)) < 2 and process.poll() is None and setting.left_s > 0:
         time.sleep(0.05)
     killed_after = len(rounds_of(run_dir))
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
+    process.communicate()
     run_limited(command, max(1.0, setting.left_s))
     return command, f" (killed after round {killed_after})"
 
@@ -204,22 +195,14 @@ def kill(setting: Setting, backend: str, ranks: int) -> Row:
     run_dir = setting.folder / f"kill-{backend}"
     command = program(run_dir, config, ranks=ranks)
     environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": "0"} if backend == "gloo" and setting.on_gpu else {})
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
+    process = start(command, environment)
     what, expected = f"kill of a rank, {backend}", f"exit code 76 within {heartbeat_s} s, by {backend}"
     try:
         while len(rounds_of(run_dir)) < 2 and process.poll() is None and setting.left_s > heartbeat_s + 5:
             time.sleep(0.05)
         victims = ranks_of(process.pid)
         if len(rounds_of(run_dir)) < 2 or len(victims) < 2:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process)
             return Row(what, shown(command), expected, f"no second round: {last_line(process.communicate()[0])}", False)
         os.kill(victims[1], signal.SIGKILL)
         started = time.monotonic()
@@ -233,8 +216,7 @@ def kill(setting: Setting, backend: str, ranks: int) -> Row:
         passed = process.returncode == 76 and took <= heartbeat_s and used == backend
         return Row(what, shown(command), expected, seen, passed, {"seconds": took})
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process)
         process.wait()
 
 
@@ -251,15 +233,13 @@ def study(setting: Setting) -> Iterator[Row]:
     caps_mib = "--fleet.memory_cap_mib=uniform(60, 240)"  # reserved segments count here, so more than on a CPU
     command = program(run_dir, Path("cifar10"), "--train.device=cuda", f"--data.path={data}", caps_mib)
     before = len(rounds_of(run_dir))
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
-    )
+    process = start(command)
     try:
-        _, err = process.communicate(timeout=max(10.0, setting.left_s - 30))
+        out, _ = process.communicate(timeout=max(10.0, setting.left_s - 30))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGUSR1)  # save and leave
-        _, err = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=30)
     rounds = rounds_of(run_dir)
     accuracy = [record["accuracy"] for record in rounds if record.get("accuracy") is not None][-1:]
-    seen = f"rounds {before + 1} to {len(rounds)}, accuracy {accuracy}, exit code {process.returncode} {last_line(err)}"
+    seen = f"rounds {before + 1} to {len(rounds)}, accuracy {accuracy}, exit code {process.returncode} {last_line(out)}"
     yield Row("study: cifar10", shown(command), "exit code 0 or 75", seen, process.returncode in (0, 75))
