@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedfreeze.config.schema import DataConfig
+from fedfreeze.config.schema import Config, DataConfig
 from fedfreeze.data.store import Data, Split, normalise
+from fedfreeze.seeds import torch_generator
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,36 @@ def drawn_batches(
             else:
                 views = torch.full_like(chosen, of_epoch)
                 yield Drawn(chosen, views, table.at(views, chosen))
+
+
+def drawn_in_round(
+    config: Config, data: Data, count: int, *, stage: int, round_number: int, device: int
+) -> Iterator[Drawn]:
+    """Yield the batches of local training of a device of `count` samples; no device and no round draws as another."""
+    key = (round_number, device)
+    draws = Draws(
+        torch_generator(config.seed, "shuffle", *key),
+        torch_generator(config.seed, "augment", *key),
+        _of_views(config, stage, device),
+    )
+    size, epochs = config.train.batch_size, config.train.local_epochs
+    return drawn_batches(config.data, count, data.image_shape[1], batch_size=size, epochs=epochs, draws=draws)
+
+
+def views_of_device(config: Config, data: Data, count: int, *, stage: int, device: int) -> Changes | None:
+    """Return every view of a device's samples in a stage, as `drawn_in_round` counts them; see views_of_samples."""
+    return views_of_samples(config.data, count, data.image_shape[1], _of_views(config, stage, device))
+
+
+def _of_views(config: Config, stage: int, device: int) -> torch.Generator:
+    return torch_generator(config.seed, "views", stage, device)
+
+
+def drawn_once(config: Config, data: Data, count: int, purpose: str) -> Iterator[Drawn]:
+    """Yield the batches of one pass over `count` samples, drawn for a purpose of the emulator's own."""
+    draws = Draws(*(torch_generator(config.seed, f"{purpose} {draw}") for draw in ("shuffle", "augment", "views")))
+    size = config.train.batch_size
+    return drawn_batches(config.data, count, data.image_shape[1], batch_size=size, epochs=1, draws=draws)
 
 
 def training_batches(

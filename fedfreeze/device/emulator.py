@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from fedfreeze.config.schema import Config
-from fedfreeze.data.batches import drawn_batches, plain_batches, training_batches
+from fedfreeze.data.batches import drawn_in_round, plain_batches, training_batches
 from fedfreeze.data.store import Data
 from fedfreeze.device.asking import Asker, samples_stay_apart
 from fedfreeze.device.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
 from fedfreeze.device.evaluation import count_correct, evaluated_rows
-from fedfreeze.device.features import FeatureBatch, FrozenFeatures, draws_of, why_not_kept
+from fedfreeze.device.features import FeatureBatch, FrozenFeatures, why_not_kept
 from fedfreeze.device.late import LateReport, Outcome, sum_late, told_later
 from fedfreeze.device.on_gpu import Held, held_for, warm_up
 from fedfreeze.device.probe import Probe
@@ -277,7 +277,7 @@ class Emulator:
         self, memory: DeviceMemory, plan: RoundPlan, assignment: Assignment
     ) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
         """Yield for each of a device's batches how many samples it has, and what trains on it."""
-        device, rows, train = assignment.device, self.parts[assignment.device], self.config.train
+        device, rows = assignment.device, self.parts[assignment.device]
         if self.features is not None:
             if assignment.stores:
                 self._store(memory, plan.stage, self.features.first_images(device))
@@ -285,13 +285,8 @@ class Emulator:
                 yield len(batch.labels), partial(self._step_behind, memory, plan.stage, batch)
             return
         room = None if self.held is None else self.held.samples
-        drawn = drawn_batches(
-            self.config.data,
-            len(rows),
-            self.data.image_shape[1],
-            batch_size=train.batch_size,
-            epochs=train.local_epochs,
-            draws=draws_of(self.config, plan.stage, plan.round, device),
+        drawn = drawn_in_round(
+            self.config, self.data, len(rows), stage=plan.stage, round_number=plan.round, device=device
         )
         for images, labels in training_batches(self.data, rows, drawn, self.device, room):
             yield len(images), partial(self._step, memory, plan.stage, images, labels)

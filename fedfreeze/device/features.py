@@ -16,12 +16,11 @@ from fedfreeze.config.schema import Config
 from fedfreeze.data.batches import (
     Changes,
     Drawn,
-    Draws,
     augmented,
-    drawn_batches,
+    drawn_in_round,
     evaluation_batch,
     plain_images,
-    views_of_samples,
+    views_of_device,
 )
 from fedfreeze.data.store import Data
 from fedfreeze.device.cost import trained_stage
@@ -34,16 +33,6 @@ from fedfreeze.network.probing import ImageShape
 from fedfreeze.network.stage import Stage
 from fedfreeze.seeds import global_seed, torch_generator
 from fedfreeze.units import FLOAT_BYTES, MIB
-
-
-def draws_of(config: Config, stage: int, round_number: int, device: int) -> Draws:
-    """Return the generators from which a device draws in a round."""
-    key = (round_number, device)
-    return Draws(
-        torch_generator(config.seed, "shuffle", *key),
-        torch_generator(config.seed, "augment", *key),
-        torch_generator(config.seed, "views", stage, device),
-    )
 
 
 @dataclass
@@ -130,11 +119,9 @@ class FrozenFeatures:
 
     def batches(self, device: int, round_number: int) -> Iterator[FeatureBatch]:
         """Yield a device's training batches; draws are those that training without kept features makes."""
-        config, rows, height = self.config, self.parts[device], self.data.image_shape[1]
-        draws = draws_of(config, self.stage.index, round_number, device)
-        train = config.train
-        batches = drawn_batches(
-            config.data, len(rows), height, batch_size=train.batch_size, epochs=train.local_epochs, draws=draws
+        rows, stage = self.parts[device], self.stage.index
+        batches = drawn_in_round(
+            self.config, self.data, len(rows), stage=stage, round_number=round_number, device=device
         )
         drawn = list(batches)
         pixels = torch.from_numpy(np.array(self.data.train.images[rows]))
@@ -178,13 +165,7 @@ class FrozenFeatures:
             for view in set(batch.views.tolist()):
                 of_view = wanted.setdefault(view, np.zeros(len(pixels), dtype=bool))
                 of_view[batch.chosen[batch.views == view].numpy()] = True
-        seed = self.config.seed
-        table = views_of_samples(
-            self.config.data,
-            len(pixels),
-            self.data.image_shape[1],
-            torch_generator(seed, "views", self.stage.index, device),
-        )
+        table = views_of_device(self.config, self.data, len(pixels), stage=self.stage.index, device=device)
         assert table is not None
         return {view: self._view(device, view, of_view, pixels, table) for view, of_view in sorted(wanted.items())}
 

@@ -1,17 +1,17 @@
 """What a rank holds on a GPU beside the device that it emulates: memory of its own, and libraries that are warm."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from fedfreeze.config.schema import Config
-from fedfreeze.data.batches import Drawn, Draws, drawn_batches, evaluation_batch, staged_bytes, training_batches
+from fedfreeze.data.batches import drawn_once, evaluation_batch, staged_bytes, training_batches
 from fedfreeze.data.store import Data
 from fedfreeze.device.cap import GRANULE_BYTES
 from fedfreeze.device.cuda_cap import OWN_SEGMENT_BYTES, SEGMENT_BYTES
 from fedfreeze.network.stage import LocalTrainer, Stage
-from fedfreeze.seeds import global_seed, torch_generator
+from fedfreeze.seeds import global_seed
 
 # A device with more samples than this has its batches copied one by one.
 MOST_STAGED_BYTES = 2**30
@@ -72,13 +72,6 @@ def held_for(
     return Held(sizes, device)
 
 
-def one_pass(config: Config, data: Data, rows: np.ndarray, purpose: str) -> Iterator[Drawn]:
-    """Return batches of one pass over some training samples, drawn for a purpose of the emulator's own."""
-    draws = Draws(*(torch_generator(config.seed, f"{purpose} {draw}") for draw in ("shuffle", "augment", "views")))
-    height = data.image_shape[1]
-    return drawn_batches(config.data, len(rows), height, batch_size=config.train.batch_size, epochs=1, draws=draws)
-
-
 def warm_up(
     stage: Stage, config: Config, data: Data, parts: Sequence[np.ndarray], device: torch.device, room: torch.Tensor
 ) -> None:
@@ -91,7 +84,9 @@ def warm_up(
     trainer = LocalTrainer(stage, config.train)
     stage.begin_device(torch.from_numpy(np.unique(data.train.labels[rows])))
     with global_seed(config.seed, "warm-up"):
-        for images, labels in training_batches(data, rows, one_pass(config, data, rows, "warm-up"), device, room):
+        for images, labels in training_batches(
+            data, rows, drawn_once(config, data, len(rows), "warm-up"), device, room
+        ):
             trainer.step(images, labels)
         stage.eval()
         with torch.inference_mode():

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from fedfreeze.config.schema import Config, ModelConfig
-from fedfreeze.data.batches import training_batches
+from fedfreeze.data.batches import drawn_once, training_batches
 from fedfreeze.data.store import Data, Split
 from fedfreeze.device.cap import DeviceMemory, MemoryCap, make_cap
 from fedfreeze.device.cost import Costs, StageCost, trained_stage
-from fedfreeze.device.on_gpu import held_for, one_pass, warm_up
+from fedfreeze.device.on_gpu import held_for, warm_up
 from fedfreeze.errors import ConfigError, UnavailableError
 from fedfreeze.methods import full_model_stage, make_method, method_class
 from fedfreeze.network.blocks import build_network
@@ -96,7 +96,7 @@ class StageTrial:
         try:
             with self.cap.device(cap_bytes) as memory, global_seed(config.seed, "trial"):
                 self.trainer.begin(self.values, config.train.learning_rate)
-                drawn = one_pass(config, self.data, self.rows, "trial")
+                drawn = drawn_once(config, self.data, len(self.rows), "trial")
                 for images, labels in training_batches(self.data, self.rows, drawn, self.device, self.held.samples):
                     step = partial(self.trainer.step, images, labels)
                     self.cap.step(memory, (self, len(images)), partial(self._held, images, labels), step)

@@ -14,9 +14,9 @@ from torch import nn
 
 from fedfreeze.config.file import make_config
 from fedfreeze.config.schema import Config
-from fedfreeze.data.batches import drawn_batches, training_batches
+from fedfreeze.data.batches import drawn_in_round, training_batches
 from fedfreeze.data.store import Data, Split
-from fedfreeze.device.features import FrozenFeatures, draws_of, why_not_kept
+from fedfreeze.device.features import FrozenFeatures, why_not_kept
 from fedfreeze.methods import make_method
 from fedfreeze.network.blocks import build_network
 from fedfreeze.network.stage import Stage
@@ -66,7 +66,7 @@ def features_of(config: Config, rows: np.ndarray | None = None, index: int = 1) 
 def test_batches_are_those_of_training_without(augment: str, views: int | None) -> None:
     config = config_of(augment, views=views)
     kept = features_of(config)
-    drawn = drawn_batches(config.data, SAMPLES, 8, batch_size=8, epochs=2, draws=draws_of(config, 1, 3, 0))
+    drawn = drawn_in_round(config, data(), SAMPLES, stage=1, round_number=3, device=0)
     plain = training_batches(data(), np.arange(SAMPLES), drawn, CPU)
     count = 0
     for ours, (images, labels) in zip(kept.batches(0, 3), plain, strict=True):
