@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: the first of a stage stands apart, so it takes 2 or more")
     rows = []
     for repeat in range(options.repeats):
         for kept in (False, True):

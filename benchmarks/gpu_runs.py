@@ -122,7 +122,7 @@ def bits(setting: Setting) -> Iterator[Row]:
                 continue
             run_dir = setting.folder / f"{name}-{what.split()[0]}-{len(what)}"
             command, note = go(setting, config, run_dir)
-            passed = sha256(run_dir) == wanted
+            passed = sha256(run_dir) == wanted and "after round 6" not in note
             yield Row(f"{name}, {what}", shown(command), wanted[:16], f"{sha256(run_dir)[:16]}{note}", passed)
     yield nccl_of_one(setting)
 

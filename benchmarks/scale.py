@@ -6,8 +6,8 @@
 Each device has ten synthetic images of 8x8 and makes one step of a ResNet-8 of width 16 (FedAvg). Parts are those of
 metrics.jsonl (`parts_s`, `parts_processor_s`, of rank 0), means over the rounds after the first; `beside_training` is
 the share of the round that is not `train`, waiting for other ranks not counted. Rounds in which devices are asked
-stand apart: with `smartfreeze` the first, and one in `--refresh`. Memory is rank 0's resident size when the round was
-written.
+stand apart: with `smartfreeze` one in `--refresh`, and the first, which imports and counts, and is told alone. Memory
+is rank 0's resident size when the round was written.
 """
 
 import argparse
@@ -75,12 +75,13 @@ def measured(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         written = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
     rounds = [line for line in lines if line["kind"] == "round"]
-    asking = [line for line in rounds if line["probed"]]
+    asking = [line for line in rounds[1:] if line["probed"]]
     plain = [line for line in rounds[1:] if not line["probed"]]
     found: dict[str, Any] = {"run_folder_mib": written / 2**20} | ({"plain_rounds": figures_of(plain)} if plain else {})
     if asking:
         found["asking_rounds"] = figures_of(asking)
-        found["all_rounds_beside_training"] = figures_of(rounds)["beside_training"]
+        found["all_rounds_beside_training"] = figures_of(rounds[1:])["beside_training"]
+    found["first_round"] = figures_of(rounds[:1])
     # the first rounds still fill caches
     looks = {number: mib for number, mib in resident.items() if number % max(1, options.rounds // 10) == 0}
     found["resident_mib"] = {str(number): round(mib, 1) for number, mib in looks.items()}
@@ -100,7 +101,7 @@ def run_watched(config: Path, run_dir: Path, ranks: int) -> dict[int, float]:
             with open(run_dir / "metrics.jsonl", "rb") as file:
                 file.seek(position)
                 new = file.read()
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{first_rank(process.pid)}/status").read_text()
         except OSError:
             continue
         position += len(new)
@@ -111,6 +112,12 @@ def run_watched(config: Path, run_dir: Path, ranks: int) -> dict[int, float]:
     if process.returncode:
         raise SystemExit(f"fedfreeze ended with {process.returncode}")
     return found
+
+
+def first_rank(pid: int) -> int:
+    """Return the process of rank 0: the first that `--nproc` has started, or the command itself for one rank."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[0]) if children else pid
 
 
 def figures_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:

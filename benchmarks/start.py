@@ -4,7 +4,8 @@
 
 `digits` is the shipped experiment; `resnet18` has width 64, random images of 3x32x32, two participants of 32 samples.
 The end of the first round is when its line stands in metrics.jsonl, looked at every 10 ms; the begin is that less the
-round's own `wall_s`. Medians; processor seconds are of all processes until the end of a run of one round.
+round's own `wall_s`. Medians; a run has one round, and `process_ends_s` and processor seconds, of all processes, are
+until its end, with the last evaluation and what is written then.
 """
 
 import argparse
@@ -28,7 +29,7 @@ RESNET18 = {
     "data": {"name": "synthetic", "synthetic_samples": 640, "partition": "iid"},
     "model": {"name": "resnet18", "width": 64},
     "fleet": {"devices": 20, "memory_cap_mib": 100_000},
-    "train": {"rounds": 4, "participants": 2, "device": "cpu"},
+    "train": {"participants": 2, "device": "cpu"},
 }
 
 
@@ -53,13 +54,14 @@ def median(found: list[dict[str, float]], key: str) -> float:
 
 
 def started(work: str, ranks: int) -> dict[str, float]:
-    """Start one run and return its figures; it is stopped after the first round, if that is not the last."""
+    """Start one run of one round and return its figures."""
     with tempfile.TemporaryDirectory() as folder:
         config, run_dir = work, Path(folder) / "run"
         if work == "resnet18":
             config = str(Path(folder) / "start.yaml")
             Path(config).write_text(json.dumps(RESNET18))
         command = [sys.executable, "-m", "fedfreeze", "run", config, "--run-dir", str(run_dir), "--nproc", str(ranks)]
+        command += ["--train.rounds=1"]
         environment: dict[str, Any] = os.environ | {"PYTHONPATH": str(ROOT)}
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         began = time.monotonic()
@@ -71,7 +73,6 @@ def started(work: str, ranks: int) -> dict[str, float]:
             time.sleep(0.01)
             line = first_round(run_dir / "metrics.jsonl")
         ended = time.monotonic() - began
-        (run_dir / "stop").touch()
         process.wait()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {

@@ -5,7 +5,8 @@
 The shipped experiment `cifar10` (ResNet-10 of width 16, 10 of 100 devices a round, tested every fifth round), its
 stages of equal length, with the CIFAR-10 in FOLDER. One after the other, `--repeats` times: FedAvg on the whole model
 without caps, SmartFreeze with kept features, SmartFreeze that calculates its frozen blocks anew. Ratios are to the
-FedAvg of the same repeat: wall seconds of all rounds and what lies between them, processor seconds of all processes.
+FedAvg of the same repeat: wall seconds of all rounds and what lies between them, processor seconds of all processes
+from start to end.
 """
 
 import argparse
@@ -41,19 +42,21 @@ def main() -> None:
         for name, found in seconds.items():
             found.append(seconds_of(name, options))
             print(name, found[-1], file=sys.stderr, flush=True)
+    base = seconds.get("fedavg", [])
     ratios = {
         name: {
-            key: round(statistics.median(a[key] / b[key] for a, b in zip(found, seconds["fedavg"], strict=True)), 3)
+            key: round(statistics.median(a[key] / b[key] for a, b in zip(found, base, strict=True)), 3)
             for key in ("wall_s", "processor_s")
         }
         for name, found in seconds.items()
+        if base
     }
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     print(json.dumps(machine | vars(options) | {"seconds": seconds, "ratios": ratios}, indent=2))
 
 
 def seconds_of(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Run a setting; return the seconds that it took without its start."""
+    """Run a setting; return its rounds' wall seconds, and those of the whole of it with its start."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedfreeze", "run", "cifar10", "--run-dir", f"{folder}/run"]
         command += ["--nproc", str(options.ranks), f"--data.path={options.data}", f"--train.rounds={options.rounds}"]

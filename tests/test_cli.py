@@ -107,6 +107,13 @@ def test_plan_says_what_devices_store(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "flash" in table
     assert f"{rows[1]['flash_mib']:.2f}" in table
     assert "for 3 views of each sample" in table
+    assert "and of the first of each device, in which it stores" in table
+    assert rows[0]["first_round_s_median"] == rows[0]["round_s_median"]
+    assert all(row["first_round_s_median"] > row["round_s_median"] for row in rows[1:-1])
+    assert main(["plan", str(config), *options, "--method.name=fedavg"]) == 0
+    table = capsys.readouterr().out
+    assert "flash" not in table
+    assert "frozen: share of a step's FLOPs" in table
 
 
 def test_help_lists_exit_codes_and_keys(capsys: pytest.CaptureFixture[str]) -> None:

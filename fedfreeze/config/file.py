@@ -368,6 +368,12 @@ def _check_rules(config: Config) -> None:
             f"train.prefix: a device cannot store the features of data.augment={config.data.augment}, which has no end "
             "of views; set data.views, as in data.views=4"
         )
+    select = config.select
+    if select.signature_devices is not None and select.signature_devices <= select.neighbours:
+        raise ConfigError(
+            f"select.signature_devices: {select.signature_devices} devices, each of them alike to select.neighbours "
+            f"({select.neighbours}) others, would all be one community; ask several times as many, or lower the other"
+        )
     split = config.model.split or []
     for name in split:
         if split.count(name) > 1:

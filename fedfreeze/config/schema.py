@@ -57,7 +57,7 @@ class DataConfig:
     """How many label-sorted shards each device gets with `partition: shards`."""
     augment: Literal["none", "flip", "crop_flip"] = "none"
     """Augmentation of training batches: none, horizontal flips, or random crops (padding of an eighth) and flips."""
-    views: Annotated[int, Field(ge=1, le=10**4)] | None = None
+    views: Annotated[int, Field(ge=1, le=256)] | None = None
     """How many images each sample becomes by augmentation: drawn once a stage, one of them in each pass over a device's
     data, so that features of frozen blocks can be kept. None: a new one each time; flips alone are two anyway."""
     cache_dir: str | None = None
@@ -278,7 +278,8 @@ class SelectConfig:
     """`smartfreeze`: numbers of a device's signature; a larger gradient of the last layer is sketched to this size."""
     signature_devices: Positive | None = None
     """`smartfreeze`: devices that are asked each time, drawn among the candidates, half of them among those without a
-    community; none: all candidates."""
+    community, the others from every community; more than `neighbours`, and better ten times as many. None: all
+    candidates."""
     refresh_rounds: Positive | None = 25
     """`smartfreeze`: rounds after which signatures and losses are gathered again within a stage; none: only when a
     stage starts."""
@@ -349,12 +350,12 @@ class CacheConfig:
     features: bool = False
     """Keep what the frozen blocks put out for the devices' samples and use it in later rounds of the stage. Results
     differ by rounding from those without. `data.augment: crop_flip` needs `data.views`, or it has no end of views."""
-    budget_mib: NonNegativeFloat = 2048.0
+    budget_mib: Annotated[float, Field(ge=0, le=10**9)] = 2048.0
     """MiB of host memory that each rank may keep; what does not fit goes to `dir`, or is calculated anew."""
-    dir: str | None = None
+    dir: Annotated[str, Field(min_length=1)] | None = None
     """A folder on a disk of each host for what is over `budget_mib`, such as a node's own scratch disk; none: no disk.
     Its files have no names and go with the process."""
-    disk_mib: NonNegativeFloat = 65_536.0
+    disk_mib: Annotated[float, Field(ge=0, le=10**9)] = 65_536.0
     """MiB of `dir` that each rank may use."""
 
 

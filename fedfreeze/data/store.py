@@ -153,7 +153,7 @@ def open_store(folder: Path) -> Data:
 
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Turn uint8 (batch, channels, height, width) into float32 of zero mean and unit variance a channel."""
-    scale, shift = (_kept if images.is_cuda else _scale_and_shift)(mean, std, images.device)
+    scale, shift = (_scale_and_shift_once if images.is_cuda else _scale_and_shift)(mean, std, images.device)
     return images.float().mul_(scale).sub_(shift)
 
 
@@ -166,7 +166,9 @@ def _scale_and_shift(
 
 
 @lru_cache(maxsize=8)
-def _kept(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_and_shift_once(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the same, made once: each copy to a GPU waits for what is queued there."""
     with torch.inference_mode(False):  # they are used in training, too, whoever asks first
         return _scale_and_shift(mean, std, device)

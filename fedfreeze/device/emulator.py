@@ -61,6 +61,8 @@ class Emulator:
         self.trainer: LocalTrainer
         self.features: FrozenFeatures | None = None
         """What the stage's frozen prefix puts out, where it is kept."""
+        self.no_features: str | None = None
+        """Why that of a stage was not kept, though it was asked for; None: it was."""
         self.values: torch.Tensor
         """The global values of the stage's flat buffer, the same bits on every rank; on the compute device."""
         self.held: Held | None = None
@@ -90,10 +92,18 @@ class Emulator:
         return self.config.train.prefix == "stored"
 
     def _features(self) -> FrozenFeatures | None:
+        self.no_features = None
         if self.method.counted or not len(self.stage.frozen) or not (self.stores or self.config.cache.features):
             return None
-        if why_not_kept(self.stage, self.config, self.data.image_shape, self.device) is not None:
-            return None  # devices that store them were asked for this at the start (check_storable)
+        reason = why_not_kept(self.stage, self.config, self.data.image_shape, self.device)
+        if reason is not None:
+            if self.stores:  # at the start they could be stored (check_storable); the same on every rank, so all leave
+                raise ConfigError(
+                    f"train.prefix: devices cannot store the features of stage {self.stage.index + 1} any more: "
+                    f"{reason}; use train.prefix=recomputed"
+                )
+            self.no_features = reason
+            return None
         return FrozenFeatures(self.stage, self.data, self.parts, self.config, self.device)
 
     def _prepare_gpu(self) -> None:
@@ -221,7 +231,8 @@ class Emulator:
         """
         if self.method.counted:
             self.enter_level(0)
-        probe = Probe(self.part, self.cap, self.data.num_classes, plan.signature_size, self.config.seed)
+        facts = self.data.num_classes, plan.signature_size, self.config.seed
+        probe = Probe(self.part, self.cap, *facts, stores=self.stores)
 
         def begin(rows: np.ndarray) -> None:
             self.part.flat.load(self._start_of(0, plan.round, rows)[0])

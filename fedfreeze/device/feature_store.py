@@ -12,8 +12,12 @@ import numpy as np
 from fedfreeze.errors import storage_error
 from fedfreeze.units import FLOAT_BYTES
 
-# The disk is asked for this much at a time: one mapping and one open file each.
+# The disk is asked for this much at a time, one mapping and one open file each; what is larger than a part of it has a
+# mapping of its own, as its rest would be lost.
 EXTENT_BYTES = 256 * 2**20
+_LARGE_PART = 8
+# A disk that others need, too, such as for checkpoints, is left this much.
+RESERVED_BYTES = 2**30
 _ALIGNED_BYTES = 64
 
 
@@ -31,8 +35,8 @@ class FeatureStore:
         self.used_bytes = 0
         """Of memory."""
         self.used_disk_bytes = 0
-        self.refused = False
-        """Whether something was asked for that found no room."""
+        self.refused: str | None = None
+        """Why something that was asked for found no room; None: all did."""
         self._extent: mmap.mmap | None = None
         self._extent_used = 0
 
@@ -44,29 +48,49 @@ class FeatureStore:
             return np.empty(shape, dtype=np.float32)
         found = self._on_disk(needed)
         if found is None:
-            self.refused = True
+            self.refused = self.refused or "the budget is used up"
             return None
         return np.frombuffer(found, dtype=np.float32).reshape(shape)
 
     def _on_disk(self, needed: int) -> memoryview | None:
         """Return some bytes of the disk; None: its budget is used up, or it is full."""
+        if not needed:
+            return None
+        if needed * _LARGE_PART > EXTENT_BYTES:
+            own = self._mapping(needed)
+            return None if own is None else memoryview(own)[:needed]
         if self._extent is None or self._extent_used + needed > len(self._extent):
-            size = max(needed, min(EXTENT_BYTES, self.disk_bytes - self.used_disk_bytes))
-            if not needed or self.used_disk_bytes + size > self.disk_bytes:
+            extent = self._mapping(max(needed, min(EXTENT_BYTES, self.disk_bytes - self.used_disk_bytes)))
+            if extent is None:
                 return None
-            try:
-                with tempfile.TemporaryFile(dir=self.folder) as file:
-                    # a page that finds the disk full later would end the process
-                    os.posix_fallocate(file.fileno(), 0, size)
-                    self._extent = mmap.mmap(file.fileno(), size)
-            except OSError:
-                self.disk_bytes = self.used_disk_bytes  # it is full: do not ask again
-                return None
-            self._extent_used = 0
-            self.used_disk_bytes += size
+            self._extent, self._extent_used = extent, 0
         begin = self._extent_used
         self._extent_used += -(-needed // _ALIGNED_BYTES) * _ALIGNED_BYTES
         return memoryview(self._extent)[begin : begin + needed]
+
+    def _mapping(self, size: int) -> mmap.mmap | None:
+        """Return so many bytes of a file without a name; None: there is no room for it."""
+        if self.folder is None or self.used_disk_bytes + size > self.disk_bytes:
+            return None
+        try:
+            disk = os.statvfs(self.folder)
+            free = disk.f_bavail * disk.f_frsize
+            if free < size + RESERVED_BYTES:
+                self._disk_is_full(f"{self.folder} has {free // 2**20} MiB left, of which 1 GiB is not taken")
+                return None
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                # a page that finds the disk full later would end the process
+                os.posix_fallocate(file.fileno(), 0, size)
+                found = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            self._disk_is_full(f"{self.folder}: {error.strerror or error}")
+            return None
+        self.used_disk_bytes += size
+        return found
+
+    def _disk_is_full(self, reason: str) -> None:
+        self.refused = reason
+        self.disk_bytes = self.used_disk_bytes  # it is not asked again
 
 
 def check_folder(folder: Path) -> None:

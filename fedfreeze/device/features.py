@@ -51,6 +51,11 @@ class _Kept:
         self.array[begin : begin + len(found)] = values.numpy()
         self.filled[begin : begin + len(found)] = True
 
+    def tensor(self) -> torch.Tensor:
+        """Return all of them as the prefix puts them out; the memory is the same."""
+        found = torch.from_numpy(self.array)
+        return found.permute(0, 3, 1, 2) if self.channels_last else found
+
 
 @dataclass(frozen=True)
 class FeatureBatch:
@@ -147,14 +152,12 @@ class FrozenFeatures:
         known = self._test.get(key)
         if known is None:
             images, _ = evaluation_batch(self.data, self.data.test, rows, self.device)
-            found = self.stage.frozen_forward(images)
-            last = is_channels_last(found)
-            array = self.store.room(found.permute(0, 2, 3, 1).shape if last else found.shape)
-            if array is None:
-                return found
-            room = torch.from_numpy(array)
-            known = self._test[key] = room.permute(0, 3, 1, 2) if last else room
-            known.copy_(found)
+            found = self.stage.frozen_forward(images).cpu()
+            room, is_kept = self._room(len(found), found)
+            room.put(0, found)
+            known = room.tensor()
+            if is_kept:
+                self._test[key] = known
         return known.to(self.device, copy=True)  # a block may begin with an operation in place
 
     def _features(self, device: int, drawn: Sequence[Drawn], pixels: torch.Tensor) -> dict[int, _Kept]:
@@ -177,25 +180,27 @@ class FrozenFeatures:
         for begin in range(0, count, size):
             if not missing[begin : begin + size].any():
                 continue
-            # always the same samples together, and as many: a last one that is not full takes some twice
-            samples = torch.arange(begin, begin + size) % count
-            images = self.images(pixels[samples], table.at(torch.full((size,), view), samples))
+            samples = torch.arange(begin, min(begin + size, count))  # always the same ones together
+            images = self.images(pixels[samples], table.at(torch.full_like(samples, view), samples))
             found = self.stage.frozen_forward(images).cpu()
             if kept is None:
-                kept = self._make_room((device, view), count, found)
-            kept.put(begin, found[: count - begin])
+                kept, is_kept = self._room(count, found)
+                if is_kept:
+                    self._kept[device, view] = kept
+            kept.put(begin, found)
         assert kept is not None
         return kept
 
-    def _make_room(self, key: tuple[int, int], count: int, found: torch.Tensor) -> _Kept:
-        """Return room for the features of a view; they are kept if the budgets have as much left."""
+    def _room(self, count: int, found: torch.Tensor) -> tuple[_Kept, bool]:
+        """Return room for features of some samples, such as `found`, and whether the budgets have as much left.
+
+        In the same order of memory in either case, by which convolutions calculate.
+        """
         last = is_channels_last(found)
         shape = (count, *(found.permute(0, 2, 3, 1) if last else found).shape[1:])
         array = self.store.room(shape)
-        room = _Kept(np.empty(shape, dtype=np.float32) if array is None else array, np.zeros(count, dtype=bool), last)
-        if array is not None:
-            self._kept[key] = room
-        return room
+        mine = np.empty(shape, dtype=np.float32) if array is None else array
+        return _Kept(mine, np.zeros(count, dtype=bool), last), array is not None
 
 
 def check_storable(
@@ -224,7 +229,7 @@ def why_not_kept(stage: Stage, config: Config, image_shape: ImageShape, device: 
     cap is the allocator's, and would not see what is left out.
     """
     if device.type != "cpu":
-        return "they are kept on CPUs only"
+        return "they are kept on CPUs only (train.device=cpu)"
     if not len(stage.frozen):
         return "nothing is frozen"
     if config.data.view_count is None:
@@ -238,6 +243,8 @@ def why_not_kept(stage: Stage, config: Config, image_shape: ImageShape, device: 
         with global_seed(number, "features"):
             found.append(stage.frozen_forward(images.clone()))
     one, other = found
+    if not one.isfinite().all():
+        return "the frozen blocks put out what is no number"
     if not torch.equal(one, other):
         return "the frozen blocks draw random numbers"
     if one.dtype != torch.float32 or len(one) != len(images):

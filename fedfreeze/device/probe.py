@@ -12,6 +12,8 @@ from fedfreeze.device.cap import DeviceMemory, MemoryCap
 from fedfreeze.network.stage import Stage, classifier_of, squared_losses
 from fedfreeze.seeds import numpy_generator
 
+# Elements of gradients that are there at a time where devices are asked together: 64 MiB.
+_MOST_GRADIENTS = 2**24
 LOSSES = 2  # figures of a row before its signature: mean loss, mean squared loss
 
 
@@ -46,8 +48,12 @@ def make_sketch(elements: int, size: int, seed: int) -> Sketch | None:
 class Probe:
     """Asks devices on this rank at the stage's global values."""
 
-    def __init__(self, stage: Stage, cap: MemoryCap, num_classes: int, signature_size: int, seed: int):
+    def __init__(
+        self, stage: Stage, cap: MemoryCap, num_classes: int, signature_size: int, seed: int, *, stores: bool = False
+    ):
+        """`stores`: devices run the frozen blocks first, and let go of them before they run the others."""
         self.stage = stage
+        self.stores = stores and len(stage.frozen) > 0
         self.cap = cap
         self.classifier = classifier_of(stage, num_classes)
         self.signature_size = signature_size
@@ -71,9 +77,15 @@ class Probe:
         hook = self.classifier.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         try:
             for images, labels in batches:
-                step = self._step(inputs, images, labels, gradient)
-                held = partial(self._held, images, labels, gradient)
-                sums += self.cap.step(memory, (*key, len(images)), held, step)
+                kind, of_device, taken = (*key, len(images)), self.stage.held_tensors, images
+                forward: Callable[[torch.Tensor], torch.Tensor] = self.stage
+                if self.stores:
+                    before = partial(_held, self.stage.frozen_tensors, images)
+                    run = partial(self.stage.frozen_forward, images)
+                    taken = self.cap.step(memory, (*kind, "stores"), before, run)
+                    of_device, forward = self.stage.trained_tensors, self.stage.behind
+                step = self._step(inputs, forward, taken, labels, gradient)
+                sums += self.cap.step(memory, kind, partial(_held, of_device, taken, labels, gradient), step)
                 seen += len(images)
         finally:
             hook.remove()
@@ -106,21 +118,27 @@ class Probe:
         error = torch.softmax(logits, 1)
         error[torch.arange(len(labels), device=labels.device), labels] -= 1
         with_bias = torch.cat([inputs[-1], torch.ones_like(inputs[-1][:, :1])], 1)
-        each = zip(error.split(sizes), with_bias.split(sizes), strict=True)
-        gradients = torch.stack([(part.T @ features).flatten() for part, features in each]) / samples[:, None]
-        flat = gradients.cpu()
-        return torch.cat([row, flat if self.sketch is None else self.sketch.of_rows(flat)], 1).numpy()
-
-    def _held(self, images: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-        return [*self.stage.held_tensors(), images, labels, gradient]
+        each = list(zip(error.split(sizes), with_bias.split(sizes), sizes, strict=True))
+        at_once = max(1, _MOST_GRADIENTS // (error.shape[1] * with_bias.shape[1]))
+        found = []
+        for begin in range(0, len(each), at_once):
+            some = each[begin : begin + at_once]
+            flat = torch.stack([(part.T @ features).flatten() / size for part, features, size in some]).cpu()
+            found.append(flat if self.sketch is None else self.sketch.of_rows(flat))
+        return torch.cat([row, torch.cat(found)], 1).numpy()
 
     def _step(
-        self, inputs: list[torch.Tensor], images: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor
+        self,
+        inputs: list[torch.Tensor],
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        taken: torch.Tensor,
+        labels: torch.Tensor,
+        gradient: torch.Tensor,
     ) -> Callable[[], torch.Tensor]:
         @torch.no_grad()
         def step() -> torch.Tensor:
             inputs.clear()
-            logits = self.stage(images)
+            logits = forward(taken)
             if self.numbers:
                 # of the last layer alone, so there is no backward pass: (probabilities - one-hot) x its input
                 error = torch.softmax(logits, 1)
@@ -132,3 +150,7 @@ class Probe:
             return torch.stack([losses, squared_losses(logits, labels)])
 
         return step
+
+
+def _held(of_device: Callable[[], list[torch.Tensor]], *batch: torch.Tensor) -> list[torch.Tensor]:
+    return [*of_device(), *batch]

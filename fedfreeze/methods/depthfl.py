@@ -107,7 +107,7 @@ class DepthFL(Method):
         super().__init__(config, blocked)
         check_split(config, blocked)
         self.stage_names = ("by depth",)
-        modules = OutputModules(blocked, config.method, config.model.norm, config.seed)
+        modules = OutputModules(blocked, config.method, config.model.norm, config.seed, config.model.memory_format)
         self.exits = [self._exit(modules, i) for i in range(len(blocked.blocks) - 1)]
         self.exits.append(nn.Sequential(blocked.head))
 

@@ -37,7 +37,7 @@ class ProgFed(Method):
         self.num_stages = len(blocked.blocks)
         self.stage_names = self._names()
         pool = replace(config.method, output_module="pool")
-        self.heads = OutputModules(blocked, pool, config.model.norm, config.seed)
+        self.heads = OutputModules(blocked, pool, config.model.norm, config.seed, config.model.memory_format)
 
     def _names(self) -> tuple[str, ...]:
         names = self.blocked.names

@@ -38,7 +38,9 @@ class SmartFreeze(Method):
             )
         self.num_stages = count - self.window + 1
         self.stage_names = tuple(_joined(blocked.names[i : i + self.window]) for i in range(self.num_stages))
-        self.output_modules = OutputModules(blocked, config.method, config.model.norm, config.seed)
+        self.output_modules = OutputModules(
+            blocked, config.method, config.model.norm, config.seed, config.model.memory_format
+        )
 
     def notices(self) -> list[str]:
         """See Method. Which blocks start anew although `method.start` says otherwise."""

@@ -118,6 +118,15 @@ class FlatPart:
         own = {id(parameter) for parameter in module.parameters()}
         return sum(self._after(slot) - slot.begin for slot in self.slots if id(slot.tensor) in own)
 
+    def without_gaps(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the first elements of a flat tensor, which end with a slot, as they are where there are no gaps.
+
+        What is stored is the same then whatever device computes.
+        """
+        if self._aligned == 1:
+            return values
+        return torch.cat([values[slot.begin : slot.end] for slot in self.slots if slot.end <= len(values)])
+
     def _view(self, slot: Slot) -> torch.Tensor:
         return slot.view_of(self.buffer)
 

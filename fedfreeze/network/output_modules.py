@@ -23,7 +23,9 @@ class OutputModules(nn.Module):
     output module is the network's own head.
     """
 
-    def __init__(self, blocked: BlockedNetwork, method: MethodConfig, norm: str, seed: int):
+    def __init__(
+        self, blocked: BlockedNetwork, method: MethodConfig, norm: str, seed: int, memory_format: str = "auto"
+    ):
         super().__init__()
         self.carry = method.carry
         self.seed = seed
@@ -39,6 +41,12 @@ class OutputModules(nn.Module):
                 for before, after in zip(blocked.shapes[:-1], blocked.shapes[1:], strict=True):
                     self.surrogates.append(_surrogate(method.output_module, before, after, norm))
         if blocked.channels_last and spoils(self.surrogates):
+            if memory_format == "channels_last":
+                raise ConfigError(
+                    "model.memory_format: with channels_last torch spoils its own memory in output modules of kind "
+                    f"{method.output_module}, which have a 1x1 convolution with a stride over few channels; use auto, "
+                    "or a larger model.width"
+                )
             lay_contiguous(blocked.network)  # what comes out of it would lie channels last, too
         elif blocked.channels_last:
             lay_channels_last(self.surrogates)

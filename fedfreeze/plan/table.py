@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from fedfreeze.config.file import dump_config, is_name
@@ -14,6 +15,7 @@ from fedfreeze.data.partition import partition_of
 from fedfreeze.data.partition_summary import draw_partition, summarise
 from fedfreeze.data.store import Data, open_store, prepare
 from fedfreeze.device.cost import Costs, StageCost, fit_method, measure_costs
+from fedfreeze.device.features import check_storable
 from fedfreeze.errors import ConfigError, storage_error
 from fedfreeze.fleet.devices import Fleet, make_fleet
 from fedfreeze.plan.calibrate import calibrate, machine_gflops, speed_rows, speed_table, spread
@@ -29,17 +31,19 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
     data = open_store(prepare(config.data))
     fleet = make_fleet(config.fleet, config.seed)
     fitted = fit_method(config, data.image_shape, data.num_classes, fleet.memory_cap_bytes)
+    check_storable(config, data.image_shape, data.num_classes, fitted, torch.device("cpu"))
     costs = measure_costs(config, data.image_shape, data.num_classes, fitted)
     rows = plan_rows(costs, fleet)
     parts = summarise(partition_of(data, config), data)
     views = config.data.view_count or 1
     clock = EmulatedClock(fleet, parts.samples.tolist(), costs, config.train, views)
     seconds = round_seconds(clock, costs, fleet)
-    stored = views * int(parts.samples.max()) if config.train.prefix == "stored" else 0
+    in_flash = views * int(parts.samples.max()) if config.train.prefix == "stored" else 0
     for row in rows:
-        row["flash_mib"] = stored * row["feature_kib"] / 1024
+        row["flash_mib"] = in_flash * row["feature_kib"] / 1024
         if row["stage"] is not None:
             row |= seconds[row["stage"]]
+    stores = any(row["flash_mib"] for row in rows)
     if partition_picture is not None:
         draw_partition(parts, partition_picture)
     if as_json:
@@ -55,16 +59,18 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
     frozen = (
         "flash: what the device with most samples stores of\n"
         f"its frozen blocks, which it runs once a stage for {views} view{'s' * (views > 1)} of each sample;"
-        if stored
+        if stores
         else "frozen: share of a step's FLOPs\nspent in the frozen prefix;"
     )
     times = ", ".join(f"{_time(stage['round_s_median'])} ({_time(stage['round_s_slowest'])})" for stage in seconds)
+    first = ", ".join(_time(stage["first_round_s_median"]) for stage in seconds)
     console.print(
         f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
         f"peak: tensor bytes of one training step; {frozen}\n"
         "up: what a device sends a round. Nothing was trained.\n"
         f"emulated time of a round, median device that can join (slowest), by stage:\n{times}\n"
-        f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}{too_few}; "
+        + (f"and of the first of each device, in which it stores, the median: {first}\n" if stores else "")
+        + f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}{too_few}; "
         f"labels a device: {labels.min()} to {labels.max()} of {data.num_classes}",
         soft_wrap=True,
         highlight=False,
@@ -72,13 +78,19 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
 
 
 def round_seconds(clock: EmulatedClock, costs: Costs, fleet: Fleet) -> list[dict[str, float | None]]:
-    """Return for each stage what a round takes the median and the slowest device that can join, in emulated seconds."""
+    """Return for each stage what a round takes the median and the slowest device that can join, in emulated seconds.
+
+    And the median's first round, which is longer where devices store features then (`train.prefix: stored`).
+    """
     found = []
     for stage, needed in enumerate(costs.needed_bytes):
         clock.enter_stage(stage)
-        seconds = clock.round_seconds()[fleet.eligible(needed)]
-        median, slowest = (float(np.median(seconds)), float(seconds.max())) if len(seconds) else (None, None)
-        found.append({"round_s_median": median, "round_s_slowest": slowest})
+        able = fleet.eligible(needed)
+        first = clock.round_seconds()[able]
+        clock.features_held[:] = True
+        seconds = clock.round_seconds()[able]
+        figures = (float(np.median(seconds)), float(seconds.max()), float(np.median(first))) if able else (None,) * 3
+        found.append(dict(zip(("round_s_median", "round_s_slowest", "first_round_s_median"), figures, strict=True)))
     return found
 
 

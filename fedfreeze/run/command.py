@@ -33,10 +33,8 @@ def _run(config: Config, options: argparse.Namespace) -> int:
     # or torch's own lines, stack traces among them, come before ours where ranks do not find each other
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        from fedfreeze.compute import (
-            check_can_fork,
-            cuda_not_started,
-        )  # here: a mistake is told without importing torch
+        # here: a mistake is told without importing torch
+        from fedfreeze.compute import check_can_fork, cuda_not_started
 
         with cuda_not_started():
             from fedfreeze.run.session import note_exit_code, run_rank

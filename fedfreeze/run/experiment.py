@@ -85,8 +85,8 @@ class Experiment:
         fleet = ranks.together(lambda: make_fleet(config.fleet, config.seed))
         self.fitted: dict[str, Any] = ranks.decide(lambda: self._fit(fleet))
         # before the network is built: what no device can hold may not fit this machine either
-        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts], device))
         ranks.decide(lambda: self._check_storable(device))
+        ranks.decide(partial(self._make_coordinator, fleet, [len(part) for part in parts], device))
         ranks.together(self._check_cache)
         self.method = ranks.together(partial(self._build, device))
         self.emulator = Emulator(config, self.data, parts, self.method, device, self._check)
@@ -309,17 +309,22 @@ class Experiment:
             raise PreemptedError(reason)
 
     def _note_cache(self) -> None:
-        """Say once if features of a stage that ends found no room."""
-        features = self.emulator.features
-        if features is None or not features.store.refused or self._cache_noted:
+        """Collective: every rank must call this. Say once if features of a stage that ends were not all kept."""
+        features, stage = self.emulator.features, self.emulator.stage.index + 1
+        if not self.config.cache.features or self.config.data.view_count is None or self._cache_noted:
             return
-        self._cache_noted = True
-        disk = "raise it" if self.config.cache.dir is None else "raise it or cache.disk_mib"
-        self.reporter.notice(
-            f"cache.budget_mib: {self.config.cache.budget_mib:g} MiB a rank were too few for the features of stage "
-            f"{self.emulator.stage.index + 1}, the rest was calculated anew; {disk}"
-            + (", or name a folder on a disk in cache.dir" if self.config.cache.dir is None else "")
-        )
+        refused = [reason for reason in self.ranks.all_gather(features and features.store.refused) if reason]
+        if self.emulator.no_features is not None:
+            self._cache_noted = True
+            self.reporter.notice(f"cache.features: those of stage {stage} were not kept: {self.emulator.no_features}")
+        elif refused:
+            self._cache_noted = True
+            cache = self.config.cache
+            more = ", or name a folder on a disk in cache.dir" if cache.dir is None else " or cache.disk_mib"
+            self.reporter.notice(
+                f"cache.budget_mib: {cache.budget_mib:g} MiB a rank were too few for the features of stage {stage} "
+                f"({refused[0]}), the rest was calculated anew; raise it{more}"
+            )
 
     def _between_rounds(self) -> dict[str, Any]:
         """On rank 0 alone: whether the run shall leave or save now, for all ranks."""

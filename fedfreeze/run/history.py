@@ -1,6 +1,7 @@
 """Keeps the books of a run: the records of metrics.jsonl and summary.json."""
 
 import functools
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -290,6 +291,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
+        "scikit-network": importlib.metadata.version("scikit-network"),  # communities; importing it takes a while
     }
 
 

@@ -94,7 +94,7 @@ def ask_devices(ranks: Ranks, coordinator: Coordinator | None, emulator: Emulato
     plan = ProbePlan.from_json(found)
     # each rank fills the rows of its own devices; the others are zero, so the sum is exact
     table = emulator.ask(plan, ranks.rank)
-    ranks.all_reduce(table)
+    ranks.all_reduce(table.view(-1))  # long sums of one dimension go by a ring
     ranks.decide(lambda: tell(coordinator, plan, table))
 
 
@@ -120,7 +120,7 @@ def judge(
     assert coordinator is not None
     perturbation = None
     if not coordinator.is_sparse(reports):
-        watched = change[: emulator.stage.watched_parameters]
+        watched = emulator.stage.flat.without_gaps(change[: emulator.stage.watched_parameters])
         perturbation = window.push(plan.round, watched.cpu().numpy().copy())
     return coordinator.judge(reports, perturbation).to_json()
 

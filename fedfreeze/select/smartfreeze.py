@@ -44,6 +44,7 @@ class SmartFreezeSelector(Selector):
         self.last_selected: dict[int, int] = {}  # device -> round
         self.failed: set[int] = set()  # in this stage, since they were last asked
         self.stage = 0
+        self.asked: set[int] = set()  # devices, for this round
         self.refreshed_at: int | None = None  # round of the stage; None: not in this stage yet
 
     def prepare(self, situation: Situation) -> None:
@@ -62,7 +63,8 @@ class SmartFreezeSelector(Selector):
         if not settings.communities or not due:
             return None
         able = trainable(self.situation.samples, candidates)[0]
-        return ProbeRequest(self._drawn(able), settings.signature_size)
+        self.asked = set(self._drawn(able))
+        return ProbeRequest(sorted(self.asked), settings.signature_size)
 
     def _drawn(self, able: list[int]) -> list[int]:
         """Return which devices are asked: `signature_devices` of them, half of those without a community.
@@ -77,12 +79,17 @@ class SmartFreezeSelector(Selector):
         new = [device for device in able if device not in self.place]
         of_known = min(len(known), max(most // 2, most - len(new)))
         generator = numpy_generator(self.config.seed, "signature devices", self.situation.round)
-        drawn = [
-            devices[place]
-            for devices, number in ((known, of_known), (new, most - of_known))
-            for place in generator.choice(len(devices), number, replace=False)
+        drawn = [new[place] for place in generator.choice(len(new), most - of_known, replace=False)]
+        by_community: dict[int, list[int]] = {}
+        for place in generator.permutation(len(known)):
+            by_community.setdefault(self.place[known[place]][0], []).append(known[place])
+        # one of each community, the largest first, then in proportion to their sizes
+        turns = [
+            (number / len(members) if number else -len(members), top, device)
+            for top, members in sorted(by_community.items())
+            for number, device in enumerate(members)
         ]
-        return sorted(drawn)
+        return sorted([*drawn, *(device for *_, device in sorted(turns)[:of_known])])
 
     def learn(self, probes: Probes) -> None:
         """Take losses, and find communities anew."""
@@ -112,7 +119,10 @@ class SmartFreezeSelector(Selector):
             members = [device for part in community for device in part]
             votes = Counter(new[device] for device in members if device in new)
             if not votes:
-                continue  # nobody of them answered: they are unknown until they are asked again
+                # who was asked and did not answer is unknown until asked again; of whom nobody was, nothing is new
+                if self.asked.isdisjoint(members):
+                    communities.append(community)
+                continue
             by_community: Counter[int] = Counter()
             for (top, _), number in votes.items():
                 by_community[top] += number

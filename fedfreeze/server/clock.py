@@ -180,7 +180,7 @@ class EmulatedClock:
         self.bytes_up += int(self.model_bytes[completed].sum())
         self.bytes_total += self.bytes_up + self.bytes_down
         self.flops += float(self.train_flops[completed].sum())
-        self.features_held[completed] = True
+        self.features_held[completed] |= self._filling_flops[completed] > 0
         if self.flops_total is not None:
             self.flops_total += self.flops
         self.now_s += self.emulated_s

@@ -28,7 +28,7 @@ def test_budgets_are_held_and_no_two_arrays_share_room(memory: int, disk: int, s
                 assert (array == number).all()
         assert store.used_bytes <= memory
         assert store.used_disk_bytes <= disk
-        assert store.refused == any(array is None for array in arrays)
+        assert bool(store.refused) == any(array is None for array in arrays)
 
 
 def test_memory_first_then_the_disk_then_nothing(tmp_path: Path) -> None:
@@ -51,6 +51,22 @@ def test_what_is_larger_than_an_extent_has_one_of_its_own(tmp_path: Path, monkey
     assert not after.any()
 
 
+def test_large_arrays_lose_nothing_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thirds of an extent each: in extents that they shared, a third of the budget would be lost."""
+    monkeypatch.setattr(feature_store, "EXTENT_BYTES", 4096)
+    store = FeatureStore(0, tmp_path, 9 * 2800)
+    assert all(store.room((700,)) is not None for _ in range(9))
+    assert store.refused is None
+
+
+def test_a_disk_is_left_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    monkeypatch.setattr(feature_store, "RESERVED_BYTES", free)
+    store = FeatureStore(0, tmp_path, 10**6)
+    assert store.room((10,)) is None
+    assert "MiB left, of which 1 GiB is not taken" in str(store.refused)
+
+
 def test_a_full_disk_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -63,7 +79,7 @@ def test_a_full_disk_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert store.room((10,)) is None
     assert store.room((10,)) is None
     assert len(asked) == 1
-    assert store.refused
+    assert store.refused == f"{tmp_path}: No space left on device"
 
 
 def test_a_folder_in_which_nothing_can_be_written_is_told(tmp_path: Path) -> None:

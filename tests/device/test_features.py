@@ -77,19 +77,31 @@ def test_batches_are_those_of_training_without(augment: str, views: int | None) 
     assert count == 6  # 21 samples in batches of 8, twice
 
 
-@given(st.permutations(range(SAMPLES)), st.integers(1, SAMPLES), st.integers(1, 5))
+@given(st.permutations(range(SAMPLES)), st.integers(1, SAMPLES), st.permutations(range(4)), st.booleans())
 @settings(max_examples=15, deadline=None)
-def test_a_samples_features_have_the_same_bits_in_whatever_company(order: list[int], count: int, rounds: int) -> None:
-    config = config_of("flip")
-    alone: dict[tuple[int, int], torch.Tensor] = {}
-    for rows in (np.arange(SAMPLES), np.array(order[:count])):
+def test_a_samples_features_have_the_same_bits_in_whatever_batch_and_round(
+    order: list[int], count: int, rounds: list[int], keeps: bool
+) -> None:
+    """And whether they are kept, and whichever rounds came before: calculated are always the same samples together."""
+    rows = np.array(order[:count])
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for each, config in ((range(4), config_of("flip")), (rounds, config_of("flip", budget_mib=1.0 * keeps))):
         kept = features_of(config, rows)
-        for number in range(rounds):
+        for number in each:
             for batch in kept.batches(0, number):
                 drawn = batch.drawn
                 for view, chosen, features in zip(drawn.views, drawn.chosen, batch.features(), strict=True):
                     key = int(view), int(rows[int(chosen)])
-                    assert torch.equal(alone.setdefault(key, features), features)
+                    assert torch.equal(found.setdefault(key, features), features)
+
+
+def test_a_small_device_calculates_no_more_than_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = features_of(config_of("none"), np.arange(3))
+    asked = []
+    forward = kept.stage.frozen_forward
+    monkeypatch.setattr(kept.stage, "frozen_forward", lambda images: asked.append(len(images)) or forward(images))
+    list(kept.batches(0, 1))
+    assert asked == [3]
 
 
 @pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from fedfreeze.config.file import make_config
-from fedfreeze.device.cap import CountedCap, DeviceOutOfMemoryError
+from fedfreeze.device.cap import CountedCap, DeviceMemory, DeviceOutOfMemoryError
 from fedfreeze.device.cost import measure_costs
 from fedfreeze.device.probe import LOSSES, Probe, make_sketch
 from fedfreeze.methods import make_method
@@ -50,6 +50,23 @@ def test_the_signature_is_the_gradient_that_autograd_gives(index: int) -> None:
     torch.testing.assert_close(torch.from_numpy(row[LOSSES:]), expected, rtol=1e-4, atol=1e-6)
     each = functional.cross_entropy(stage(images), labels, reduction="none")
     assert row[:LOSSES] == pytest.approx([each.mean().item(), each.square().mean().item()], rel=1e-5)
+
+
+@pytest.mark.parametrize(("model", "index"), [({"name": "resnet10", "width": 16}, 3), ({"width": 16}, 2)])
+def test_who_can_train_can_answer(model: dict, index: int) -> None:
+    """A device that stores features was to hold all of a stage at once to answer, and never did."""
+    for prefix in ("recomputed", "stored"):
+        config = make_config({"model": model, "train": {"prefix": prefix, "batch_size": 32}})
+        cost = measure_costs(config, (3, 32, 32), 10).stages[index]
+        stage = make_method(config, build_network(config.model, (3, 32, 32), 10, 0)).enter_stage(index, CPU)
+        samples = [(torch.rand(32, 3, 32, 32), torch.arange(32) % 10)]
+        cap = CountedCap()
+        probe = Probe(stage, cap, 10, 512, 0, stores=prefix == "stored")
+        with cap.device(cost.memory_bytes) as memory:
+            row = probe.ask(memory, ("asked",), samples)
+        assert memory.peak_bytes <= cost.memory_bytes
+        whole = Probe(stage, CountedCap(), 10, 512, 0).ask(DeviceMemory(None), ("asked",), samples)
+        assert np.array_equal(row, whole)
 
 
 def test_losses_alone_are_two_numbers() -> None:

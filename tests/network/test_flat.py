@@ -52,6 +52,9 @@ def test_gaps_are_zero_and_nobodys(active: list[int], output: list[int]) -> None
         assert not flat.buffer[~taken].any()
         assert flat.parameters_of(modules[0]) == flat.active_parameters
         assert flat.parameters % 4 == len(flat) % 4 == 0
+        assert torch.equal(
+            flat.without_gaps(flat.buffer[: flat.parameters]), flat.buffer[taken][: sum(active + output)]
+        )
 
 
 @pytest.mark.parametrize("method", ["smartfreeze", "heterofl", "depthfl", "fedavg"])

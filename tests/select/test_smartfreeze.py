@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfreeze.config.file import make_config
+from fedfreeze.errors import ConfigError
 from fedfreeze.messages import DeviceReport
 from fedfreeze.select import Probes, Situation, make_selector
 from fedfreeze.select.dealing import deal_slots, speed_factor, weighted_draw
@@ -299,6 +300,7 @@ def test_devices_without_a_signature_are_a_community_of_their_own():
 
 def test_a_device_that_does_not_answer_goes_with_its_company():
     selector = in_communities(make(2), [[[0, 1, 2, 3]], [[4, 5], [6]], [[7]]])
+    selector.asked = set(range(8))
     selector._adopt([[[0, 1], [2]], [[4, 6], [5]]])
     assert selector._place(3) == (0, 0), "three of its company are there, two in that part"
     assert selector._place(7) == UNKNOWN, "nobody that it was with answered"
@@ -344,9 +346,11 @@ def test_as_long_as_nobody_answers_it_asks_again():
     assert asked_in(selector, range(4, 8)) == [4]
 
 
-@given(devices=st.integers(1, 60), most=st.integers(1, 70), placed=st.sets(st.integers(0, 59)), seed=st.integers(0, 99))
+@given(devices=st.integers(1, 60), most=st.integers(2, 70), placed=st.sets(st.integers(0, 59)), seed=st.integers(0, 99))
 def test_so_many_are_asked_half_of_them_new(devices, most, placed, seed):
-    selector = in_communities(make(2, seed=seed, signature_devices=most), [[sorted(placed)]] if placed else [])
+    selector = in_communities(
+        make(2, seed=seed, signature_devices=most, neighbours=1), [[sorted(placed)]] if placed else []
+    )
     selector.prepare(situation([10] * devices, round_number=5))
     asked = selector.wanted(range(devices), 2).devices
     assert asked == sorted(set(asked))
@@ -376,8 +380,41 @@ def test_who_was_asked_once_stays_with_its_company_and_the_unknown_become_fewer(
     assert unknown == [200, 150, 100, 50, 0]
 
 
+def test_of_every_community_some_are_asked_and_none_is_forgotten():
+    """Drawn alike, a community without one in the draw was forgotten, and few devices ever had one."""
+    signatures, group = planted(200, 10)
+    selector = make(10, signature_devices=60, refresh_rounds=1, neighbours=3)
+    known = []
+    for round_number in range(1, 12):
+        selector.prepare(situation([10] * 200, round_number=round_number))
+        asked = selector.wanted(range(200), 10).devices
+        assert {selector.place[device][0] for device in asked if device in selector.place} == set(
+            range(len(selector.communities))
+        )
+        selector.learn(probes(asked, signatures[asked]))
+        known.append(len(selector.place))
+        for members in ([device for part in parts for device in part] for parts in selector.communities):
+            assert len(set(group[members])) == 1
+    assert known == sorted(known)
+    assert known[-1] == 200
+
+
+def test_a_community_of_which_nobody_was_asked_stays_and_one_that_does_not_answer_goes():
+    selector = in_communities(make(), [[[0, 1]], [[2, 3]], [[4]]])
+    selector.asked = {0, 2}
+    selector._adopt([[[0]]])
+    assert selector.communities == [[[0, 1]], [[4]]]
+    assert set(selector.place) == {0, 1, 4}
+
+
+@pytest.mark.parametrize(("asked", "neighbours"), [(10, 10), (1, 1), (3, 1000)])
+def test_too_few_to_tell_them_apart_are_refused(asked, neighbours):
+    with pytest.raises(ConfigError, match=rf"select\.signature_devices: {asked} devices, each of them alike to "):
+        make(signature_devices=asked, neighbours=neighbours)
+
+
 def test_fewer_candidates_than_the_limit_are_all_asked():
-    assert asked_in(make(signature_devices=3), range(1, 3)) == [1]
+    assert asked_in(make(signature_devices=3, neighbours=2), range(1, 3)) == [1]
 
 
 def test_devices_without_data_are_not_asked():
