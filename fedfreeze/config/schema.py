@@ -214,6 +214,9 @@ class TrainConfig:
     """What an emulated device does with its frozen blocks: run them in every step, or run them once a stage for every
     view of its samples and store what they put out in its flash memory, which `fedfreeze plan` states. Then they are
     neither in its memory nor in its time while it trains. [ours]"""
+    prefix_chunk: Positive | None = None
+    """Samples that go through the frozen blocks at a time, as without gradients nothing of them but the outcome must
+    stay; None: the whole batch at once. Results differ by rounding. [ours]"""
     fit: str = "whole"
     """How devices take their steps: a list of ways, of which each takes the first that its cap holds. `whole` stores
     all activations; `recompute` few of them, and computes the others again in the backward pass, which gives the same

@@ -44,6 +44,8 @@ class Stage(nn.Module):
         self.active = _on(active, device)
         self.output_module = _on(output_module, device)
         self._frozen_chain = list(leaves_in_order(self.frozen))
+        self.prefix_chunk: int | None = None
+        """How many samples go through the frozen blocks at a time (`train.prefix_chunk`); None: all of a batch."""
         self.recomputes = False
         """Whether what trains stores few activations and computes the others a second time (recompute.py)."""
         self._segments: dict[int, list[nn.Sequential]] = {}
@@ -100,8 +102,21 @@ class Stage(nn.Module):
     def frozen_forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images to what the frozen prefix puts out, without gradients."""
         with torch.no_grad():
-            for module in self._frozen_chain:
-                images = module(images)
+            if self.prefix_chunk is None or len(images) <= self.prefix_chunk or not self._frozen_chain:
+                return self._frozen(images)
+            found: torch.Tensor | None = None
+            for begin in range(0, len(images), self.prefix_chunk):
+                part = self._frozen(images[begin : begin + self.prefix_chunk])
+                if found is None:
+                    found = _as_long(part, len(images))
+                found[begin : begin + len(part)] = part
+                del part
+            assert found is not None
+            return found
+
+    def _frozen(self, images: torch.Tensor) -> torch.Tensor:
+        for module in self._frozen_chain:
+            images = module(images)
         return images
 
     def leave(self) -> None:
@@ -202,6 +217,16 @@ def _on(module: M, device: torch.device) -> M:
     return module
 
 
+def _as_long(part: torch.Tensor, length: int) -> torch.Tensor:
+    """Return memory for so many samples of which some are given; its dimensions lie in the same order."""
+    strides = part.stride()
+    order = sorted(range(part.dim()), key=lambda dimension: -strides[dimension])
+    shape = (length, *part.shape[1:])
+    return part.new_empty([shape[dimension] for dimension in order]).permute(
+        [order.index(d) for d in range(part.dim())]
+    )
+
+
 def squared_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the sum, over a batch, of the squared loss of a sample."""
     return functional.cross_entropy(logits, labels, reduction="none").square().sum()
@@ -216,6 +241,7 @@ class LocalTrainer:
 
     def __init__(self, stage: Stage, config: TrainConfig):
         self.stage = stage
+        self.stage.prefix_chunk = config.prefix_chunk
         self.stage.train()
         self._modes = [(module, module.training) for module in stage.moded_modules()]
         self.config = config
