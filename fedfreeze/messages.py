@@ -13,6 +13,8 @@ class Assignment:
     cap_bytes: int | None
     level: int = 0
     """Which of the method's sub-models the device trains, the smallest first (Method.num_levels)."""
+    way: str = "whole"
+    """How it takes its steps (`train.fit`)."""
     stores: bool = False
     """Whether it runs its frozen blocks first and stores what they put out (`train.prefix: stored`)."""
 

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import fedfreeze
 from fedfreeze.config.schema import BEFORE, CACHE_MAY_DIFFER, RESUME_MAY_DIFFER, WHERE_DATA_LIES, Config
+from fedfreeze.config.ways import ways_of
 from fedfreeze.errors import ConfigError, one_line
 
 _SECTIONS = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
@@ -79,6 +80,7 @@ def load_config(source: str | None, overrides: Sequence[str] = ()) -> Config:
 
 def make_config(values: dict[str, Any]) -> Config:
     """Check plain values against the schema and the rules between keys. Raises ConfigError."""
+    _check_replaced(values)
     _check_known_keys(values)
     track = values.get("track")
     if track and track.get("wandb") is False:  # YAML's own reading of `off`
@@ -264,6 +266,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[field] = value
 
 
+def _check_replaced(values: dict[str, Any]) -> None:
+    """Say what to write for what an earlier version had."""
+    method = values.get("method")
+    if isinstance(method, dict) and method.get("name") == "fedavg_checkpointing":
+        raise ConfigError("method.name: fedavg_checkpointing is now fedavg with train.fit=recompute")
+
+
 def _check_known_keys(values: dict[str, Any]) -> None:
     for key, value in values.items():
         if key not in _TOP_LEVEL:
@@ -346,6 +355,22 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
 
 
+def _check_fit(config: Config) -> None:
+    fit = config.train.fit
+    try:
+        ways = ways_of(fit)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.fit: {fit!r} names no way, or one twice, by {str(error)!r}; it is auto, or a list such as "
+            "'whole, recompute, micro(4)', each once"
+        ) from None
+    for way in ways:
+        if way.passes > config.train.batch_size:
+            raise ConfigError(
+                f"train.fit: {way.name} takes more passes than train.batch_size ({config.train.batch_size}) has samples"
+            )
+
+
 def _check_rules(config: Config) -> None:
     """Rules between keys; what depends on data, memory or the machine is checked where it is known."""
     if config.train.participants > config.fleet.devices:
@@ -353,6 +378,7 @@ def _check_rules(config: Config) -> None:
             f"train.participants: {config.train.participants} is more than fleet.devices ({config.fleet.devices}); "
             "lower the one or raise the other"
         )
+    _check_fit(config)
     if not is_name(config.name):
         raise ConfigError(f"name: {config.name!r} must be letters, digits, '.', '_' and '-', for it names a folder")
     pace = config.pace

@@ -110,7 +110,6 @@ class MethodConfig:
         Literal[
             "smartfreeze",
             "fedavg",
-            "fedavg_checkpointing",
             "exclusivefl",
             "allsmall",
             "heterofl",
@@ -122,10 +121,9 @@ class MethodConfig:
         | OwnObject
     ) = "smartfreeze"
     """`smartfreeze` trains block by block; `fedavg` the whole model at once (with `fleet.enforce=false` the ideal
-    without memory limits); `fedavg_checkpointing` the same, with activations computed anew in the backward pass;
-    `exclusivefl` the whole model on the devices that hold it; `allsmall` the width that the weakest device holds;
-    `heterofl` and `fedrolex` the width, `depthfl` the depth that each device holds; `progfed` grows the model,
-    `progfed_layerwise` freezes what it grew; or a class of your own, `package.module:Class`."""
+    without memory limits); `exclusivefl` the whole model on the devices that hold it; `allsmall` the width that the
+    weakest device holds; `heterofl` and `fedrolex` the width, `depthfl` the depth that each device holds; `progfed`
+    grows the model, `progfed_layerwise` freezes what it grew; or a class of your own, `package.module:Class`."""
     options: Options = Field(default_factory=dict)
     """Settings of a method of your own, which finds them in `config.method.options`."""
     output_module: Literal["conv_norm", "conv", "block", "pool"] = "conv_norm"
@@ -216,6 +214,14 @@ class TrainConfig:
     """What an emulated device does with its frozen blocks: run them in every step, or run them once a stage for every
     view of its samples and store what they put out in its flash memory, which `fedfreeze plan` states. Then they are
     neither in its memory nor in its time while it trains. [ours]"""
+    prefix_chunk: Positive | None = None
+    """Samples that go through the frozen blocks at a time, as without gradients nothing of them but the outcome must
+    stay; None: the whole batch at once. Results differ by rounding. [ours]"""
+    fit: str = "whole"
+    """How devices take their steps: a list of ways, of which each takes the first that its cap holds. `whole` stores
+    all activations; `recompute` few of them, and computes the others again in the backward pass, which gives the same
+    bits; `micro(k)` takes a batch in k passes whose gradients add up, and normalises over each alone. `auto` is `whole,
+    recompute`. [ours: that each device has its own]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; `auto` takes CUDA where there is one."""
 

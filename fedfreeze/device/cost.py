@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedfreeze.config.schema import Config, ModelConfig, TrainConfig
+from fedfreeze.config.ways import WHOLE, Way, ways_of
 from fedfreeze.device.cap import count_peak
 from fedfreeze.device.flops import count_flops
 from fedfreeze.errors import ConfigError
@@ -28,8 +29,19 @@ T = TypeVar("T")
 # A network is small if one core runs the steps below in a second or two, and its weights take 64 MiB.
 _SMALL_FLOPS = 50 * 10**9
 _SMALL_PARAMETERS = 2**24
-# Forward passes' worth of what is run for a stage: two steps of three, the frozen prefix, and a forward pass.
+# Forward passes' worth of what is run for a stage: two steps of three a way, the frozen prefix, and a forward pass.
 _STEPS_OF_A_STAGE = 8
+
+
+@dataclass(frozen=True)
+class WayCost:
+    """What a training step takes that is made one way."""
+
+    way: Way
+    memory_bytes: int
+    """Peak of live tensor bytes: weights, gradients, momentum, activations, batch."""
+    step_flops: int
+    """Floating-point operations, frozen forward included (torch's counter: 2 a multiply-add)."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +50,10 @@ class StageCost:
 
     name: str
     """The blocks that train."""
-    memory_bytes: int
-    """Peak of live tensor bytes in one training step: weights, gradients, momentum, activations, batch."""
-    step_flops: int
-    """Floating-point operations of one training step, frozen forward included (torch's counter: 2 a multiply-add)."""
+    ways: tuple[WayCost, ...]
+    """Those of `train.fit`, in its order."""
     frozen_flops: int
-    """Of these, the forward pass of the frozen prefix."""
+    """Operations of the forward pass of the frozen prefix, in each of them."""
     forward_flops: int
     """Floating-point operations of one forward pass of a batch, as a device makes that is asked for its loss."""
     trained_elements: int
@@ -56,6 +66,28 @@ class StageCost:
     """What the frozen prefix puts out for one image; 0: nothing is frozen."""
     batch_norm: bool = False
     """Whether it normalises over the batch, which one sample is too few for."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of live tensor bytes in one training step, by the first way."""
+        return self.ways[0].memory_bytes
+
+    @property
+    def step_flops(self) -> int:
+        """Floating-point operations of one training step, by the first way."""
+        return self.ways[0].step_flops
+
+    @property
+    def least_bytes(self) -> int:
+        """The same by the way that needs least memory: what a device needs to join."""
+        return min(way.memory_bytes for way in self.ways)
+
+    def way_for(self, cap_bytes: int | None) -> int:
+        """Return which way a device takes: the first that its cap holds; where it holds none, that of least memory."""
+        for number, way in enumerate(self.ways):
+            if cap_bytes is None or way.memory_bytes <= cap_bytes:
+                return number
+        return min(range(len(self.ways)), key=lambda number: self.ways[number].memory_bytes)
 
     @property
     def bytes_up(self) -> int:
@@ -79,7 +111,7 @@ class Costs:
     @property
     def needed_bytes(self) -> tuple[int, ...]:
         """For each stage the memory of its smallest sub-model: what a device needs to join."""
-        return tuple(levels[0].memory_bytes for levels in self.levels)
+        return tuple(levels[0].least_bytes for levels in self.levels)
 
     @property
     def least_samples(self) -> tuple[int, ...]:
@@ -88,7 +120,7 @@ class Costs:
 
     def level_of(self, stage: int, cap_bytes: int | None) -> int:
         """Return the largest sub-model of a stage that a cap holds; the smallest where it holds none."""
-        held = [i for i, cost in enumerate(self.levels[stage]) if cap_bytes is None or cost.memory_bytes <= cap_bytes]
+        held = [i for i, cost in enumerate(self.levels[stage]) if cap_bytes is None or cost.least_bytes <= cap_bytes]
         return max(held, default=0)
 
 
@@ -120,7 +152,7 @@ def fit_method(config: Config, image_shape: ImageShape, num_classes: int, caps: 
         def measure() -> list[int]:
             blocked = build_network(model, image_shape, num_classes, config.seed)
             method = make_method(config, blocked)
-            return [step_memory(stage, config.train, image_shape) for stage in _levels(config, method, 0)]
+            return [least_memory(stage, config.train, image_shape) for stage in _levels(config, method, 0)]
 
         return _measured(measure, is_small())
 
@@ -155,7 +187,7 @@ def _is_small(config: Config, image_shape: ImageShape, num_classes: int) -> bool
         blocked = build_network(config.model, image_shape, num_classes, config.seed)
         blocked.network.eval()
         flops = count_flops(lambda: blocked.network(images))
-    steps = _STEPS_OF_A_STAGE * (len(blocked.blocks) + 1)
+    steps = _STEPS_OF_A_STAGE * len(ways_of(config.train.fit)) * (len(blocked.blocks) + 1)
     return flops * config.train.batch_size // len(images) * steps <= _SMALL_FLOPS
 
 
@@ -227,9 +259,8 @@ def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape)
 
 def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape) -> StageCost:
     with own_code("model.factory", config.model.factory or ""):
-        memory = step_memory(stage, config.train, image_shape)
-        trainer, images, labels = _one_step(stage, config.train, image_shape)
-        step_flops = count_flops(lambda: trainer.step(images, labels))
+        ways = tuple(_way_cost(config, way, stage, image_shape) for way in ways_of(config.train.fit))
+        _, images, _ = _one_step(stage, config.train, image_shape)
         frozen_flops = count_flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
         features = stage.frozen_forward(images).numel() * FLOAT_BYTES // len(images) if len(stage.frozen) else 0
         stage.eval()
@@ -237,8 +268,7 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
             forward_flops = count_flops(lambda: stage(images))
     return StageCost(
         name=name,
-        memory_bytes=memory,
-        step_flops=step_flops,
+        ways=ways,
         frozen_flops=frozen_flops,
         forward_flops=forward_flops,
         trained_elements=len(stage.flat),
@@ -249,12 +279,25 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
     )
 
 
-def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> int:
-    """Return the peak of live tensor bytes in one training step of a stage; tensors may have shapes only.
+def _way_cost(config: Config, way: Way, stage: Stage, image_shape: ImageShape) -> WayCost:
+    memory = step_memory(stage, config.train, image_shape, way)
+    trainer, images, labels = _one_step(stage, config.train, image_shape)
+    trainer.go(way)
+    return WayCost(way, memory, count_flops(lambda: trainer.step(images, labels)))
+
+
+def least_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> int:
+    """Return `step_memory` by that of the ways of `train.fit` that needs least."""
+    return min(step_memory(stage, train, image_shape, way) for way in ways_of(train.fit))
+
+
+def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape, way: Way = WHOLE) -> int:
+    """Return the peak of live tensor bytes in one training step of a stage by a way; tensors may have shapes only.
 
     With `train.prefix: stored` it is that of a step behind the frozen blocks, or of their forward pass if that is more.
     """
     trainer, images, labels = _one_step(stage, train, image_shape)
+    trainer.go(way)
     if train.prefix != "stored" or not len(stage.frozen):
         return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
     filling = count_peak(lambda: stage.frozen_forward(images), [*stage.frozen_tensors(), images])

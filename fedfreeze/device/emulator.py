@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedfreeze.config.schema import Config
+from fedfreeze.config.ways import way_of
 from fedfreeze.data.batches import drawn_in_round, plain_batches, training_batches
 from fedfreeze.data.store import Data
 from fedfreeze.device.asking import Asker, samples_stay_apart
@@ -265,10 +266,10 @@ class Emulator:
         """Train a device; return the sums of its losses and of their squares, (2,), and what makes its report."""
         config, key = self.config, (plan.round, assignment.device)
         steps = samples = 0
-        kind = (plan.stage, self.level, len(rows))
+        kind = (plan.stage, self.level, assignment.way, len(rows))
         # dropout and the like draw from torch's global generator
         with self.cap.device(assignment.cap_bytes, kind) as memory, global_seed(config.seed, "local training", *key):
-            self.trainer.begin(start, plan.learning_rate)
+            self.trainer.begin(start, plan.learning_rate, way_of(assignment.way))
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
             for count, take in self._steps(memory, plan, assignment):
                 self.check()
@@ -305,7 +306,7 @@ class Emulator:
     def _step(self, memory: DeviceMemory, stage: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.cap.step(
             memory,
-            (stage, self.level, len(images)),
+            (stage, self.level, self.trainer.way, len(images)),
             lambda: [*self.trainer.held_tensors(), images, labels],
             lambda: self.trainer.step(images, labels),
         )
@@ -322,7 +323,7 @@ class Emulator:
 
     def _step_behind(self, memory: DeviceMemory, stage: int, batch: FeatureBatch) -> torch.Tensor:
         """Take a step on kept features; where the device's memory is counted, the device's own way to come by them."""
-        kind = (stage, self.level, len(batch.labels))
+        kind = (stage, self.level, self.trainer.way, len(batch.labels))
         if self.stores:
             return self.cap.step(
                 memory,

@@ -1,7 +1,7 @@
 """Every stage tried on a GPU before anything is trained: what its allocator reserves, whether its kernels repeat."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedfreeze.config.schema import Config, ModelConfig
+from fedfreeze.config.ways import WHOLE, Way, ways_of
 from fedfreeze.data.batches import drawn_once, training_batches
 from fedfreeze.data.store import Data, Split
 from fedfreeze.device.cap import DeviceMemory, MemoryCap, make_cap
@@ -60,15 +61,15 @@ def with_reserved(
         for level, cost in enumerate(levels):
             cap.begin_stage()
             with trained_stage(config, method, index, level, device) as stage:
-                peak = reserved_peak(stage, config, data, cap, device)
-            tried.append(_at_least(cost, peak))
+                peaks = reserved_peaks(stage, config, data, cap, device)
+            tried.append(_at_least(cost, peaks))
         found.append(tuple(tried))
     full = costs.full
     blocked = build_network(model, image_shape, num_classes, config.seed)
     cap.begin_stage()
     # nobody trains it, but where it is a stage, too
     with suppress(UnavailableError, ConfigError):
-        full = _at_least(full, reserved_peak(full_model_stage(blocked, device), config, data, cap, device))
+        full = _at_least(full, reserved_peaks(full_model_stage(blocked, device), config, data, cap, device))
     del blocked, method
     gc.collect()
     cap.begin_stage()
@@ -90,16 +91,19 @@ class StageTrial:
             self.values = self.held.put("values", stage.flat.values())
             warm_up(stage, config, data, [self.rows], device, self.held.samples)
 
-    def train(self, cap_bytes: int | None) -> DeviceMemory:
-        """Train one device and return what it needed; the values are put back. Raises DeviceOutOfMemoryError."""
+    def train(self, cap_bytes: int | None, way: Way = WHOLE) -> DeviceMemory:
+        """Train one device by a way and return what it needed; its values are put back.
+
+        Raises DeviceOutOfMemoryError.
+        """
         config = self.config
         try:
             with self.cap.device(cap_bytes) as memory, global_seed(config.seed, "trial"):
-                self.trainer.begin(self.values, config.train.learning_rate)
+                self.trainer.begin(self.values, config.train.learning_rate, way)
                 drawn = drawn_once(config, self.data, len(self.rows), "trial")
                 for images, labels in training_batches(self.data, self.rows, drawn, self.device, self.held.samples):
                     step = partial(self.trainer.step, images, labels)
-                    self.cap.step(memory, (self, len(images)), partial(self._held, images, labels), step)
+                    self.cap.step(memory, (self, way, len(images)), partial(self._held, images, labels), step)
         finally:
             self.trainer.drop_gradients()
         self.stage.flat.load(self.values)
@@ -109,9 +113,10 @@ class StageTrial:
         return [*self.trainer.held_tensors(), *batch]
 
 
-def reserved_peak(stage: Stage, config: Config, data: Data, cap: MemoryCap, device: torch.device) -> int:
-    """Return the peak that a cap governs, in bytes, of a device under no cap; see StageTrial."""
-    return StageTrial(stage, config, data, cap, device).train(None).peak_bytes
+def reserved_peaks(stage: Stage, config: Config, data: Data, cap: MemoryCap, device: torch.device) -> list[int]:
+    """Return the peak that a cap governs, in bytes, of a device under no cap, by way; see StageTrial."""
+    trial = StageTrial(stage, config, data, cap, device)
+    return [trial.train(None, way).peak_bytes for way in ways_of(config.train.fit)]
 
 
 def black_images(batch_size: int, image_shape: ImageShape, num_classes: int) -> Data:
@@ -122,8 +127,9 @@ def black_images(batch_size: int, image_shape: ImageShape, num_classes: int) -> 
     return Data(split, split, num_classes, (0.5,) * channels, (0.5,) * channels)
 
 
-def _at_least(cost: StageCost, reserved_bytes: int) -> StageCost:
-    return replace(cost, memory_bytes=max(cost.memory_bytes, reserved_bytes))
+def _at_least(cost: StageCost, reserved_bytes: Sequence[int]) -> StageCost:
+    found = zip(cost.ways, reserved_bytes, strict=True)
+    return replace(cost, ways=tuple(replace(way, memory_bytes=max(way.memory_bytes, peak)) for way, peak in found))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from fedfreeze.methods.base import Method
 from fedfreeze.methods.depthfl import DepthFL
 from fedfreeze.methods.exclusivefl import ExclusiveFL
 from fedfreeze.methods.fedavg import FedAvg, full_model_stage
-from fedfreeze.methods.fedavg_checkpointing import FedAvgCheckpointing
 from fedfreeze.methods.fedrolex import FedRolex
 from fedfreeze.methods.heterofl import HeteroFL
 from fedfreeze.methods.progfed import ProgFed, ProgFedLayerwise
@@ -21,7 +20,6 @@ __all__ = ["METHODS", "Method", "full_model_stage", "make_method", "method_class
 METHODS: dict[str, type[Method]] = {
     "smartfreeze": SmartFreeze,
     "fedavg": FedAvg,
-    "fedavg_checkpointing": FedAvgCheckpointing,
     "exclusivefl": ExclusiveFL,
     "allsmall": AllSmall,
     "heterofl": HeteroFL,

@@ -17,7 +17,7 @@ Deviations:
 - Running statistics of batch normalisation are averaged an element like everything else, as in the authors' code.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,17 @@ from fedfreeze.network.state import copied
 from fedfreeze.seeds import global_seed
 
 
-def exit_logits(blocks: Iterable[nn.Module], exits: Iterable[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+def exit_logits(
+    blocks: Iterable[nn.Module],
+    exits: Iterable[nn.Module],
+    x: torch.Tensor,
+    through: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda part, x: part(x),
+) -> list[torch.Tensor]:
     """Map images to the logits (batch, classes) of each exit, the first block's first."""
     logits = []
     for block, head in zip(blocks, exits, strict=True):
-        x = block(x)
-        logits.append(head(x))
+        x = through(block, x)
+        logits.append(through(head, x))
     return logits
 
 
@@ -92,7 +97,7 @@ class DepthStage(Stage):
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See Stage."""
-        logits = exit_logits(self.active, self.output_module, images)
+        logits = exit_logits(self.active, self.output_module, images, self.through)
         return depth_loss(logits, labels, self.distillation), mean_logits(logits)
 
 

@@ -197,3 +197,17 @@ def _tensors_of(step: Step, contents: _Contents) -> set[int]:
         module = contents.modules[name]
         found |= {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
     return found
+
+
+def leaves_in_order(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules that run, in order, with nested Sequentials unfolded.
+
+    A Sequential inside a Sequential holds its own input until its last child is done. In a forward pass without
+    gradients that is a whole activation more than is needed (32 MiB in ResNet-18 at batch 128).
+    """
+    for module in modules:
+        if isinstance(module, nn.ModuleList) or is_plain_sequential(module):
+            # not children(), which leaves out a module that runs twice
+            yield from leaves_in_order(child for child in module._modules.values() if child is not None)
+        else:
+            yield module

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedfreeze.network.chain import leaves_in_order
 from fedfreeze.network.models.resnet import BasicBlock
 from fedfreeze.network.models.vit import EncoderLayer
 from fedfreeze.network.output_modules import TokenSurrogate
 from fedfreeze.network.probing import Shape
 from fedfreeze.network.program import Region
-from fedfreeze.network.stage import leaves_in_order
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Layer = nn.Conv2d | nn.Linear

@@ -1,6 +1,7 @@
 """What a device trains in one stage: frozen prefix, active block, output module."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -9,7 +10,10 @@ from torch.nn import functional
 from torch.optim.sgd import sgd
 
 from fedfreeze.config.schema import TrainConfig
+from fedfreeze.config.ways import WHOLE, Way
+from fedfreeze.network.chain import leaves_in_order
 from fedfreeze.network.flat import FlatPart
+from fedfreeze.network.recompute import recomputed, segments_of
 from fedfreeze.network.recording import is_plain_sequential
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,6 +44,11 @@ class Stage(nn.Module):
         self.active = _on(active, device)
         self.output_module = _on(output_module, device)
         self._frozen_chain = list(leaves_in_order(self.frozen))
+        self.prefix_chunk: int | None = None
+        """How many samples go through the frozen blocks at a time (`train.prefix_chunk`); None: all of a batch."""
+        self.recomputes = False
+        """Whether what trains stores few activations and computes the others a second time (recompute.py)."""
+        self._segments: dict[int, list[nn.Sequential]] = {}
         self.flat = FlatPart(self.active, self.output_module, device)
         self.watched_parameters = self.flat.active_parameters if watched is None else self.flat.parameters_of(watched)
         """How many parameters, the first of the flat buffer, the pace controller looks at."""
@@ -61,8 +70,20 @@ class Stage(nn.Module):
 
     def behind(self, features: torch.Tensor) -> torch.Tensor:
         """Map what the frozen prefix puts out to logits (batch, classes)."""
-        logits: torch.Tensor = self.output_module(self.active(features))
-        return logits
+        return self.through(self.output_module, self.through(self.active, features))
+
+    def through(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Map what goes into a part of what trains to what comes out, with its activations stored or to be recomputed.
+
+        A stage with a forward of its own that calls its parts by this can be recomputed, too.
+        """
+        if not self.recomputes or not torch.is_grad_enabled():
+            found: torch.Tensor = part(x)
+            return found
+        segments = self._segments.get(id(part))
+        if segments is None:
+            segments = self._segments[id(part)] = segments_of(part)
+        return recomputed(segments, x)
 
     def begin_device(self, labels: torch.Tensor) -> None:
         """Prepare for the next device; `labels`: those that it has, ascending. [nothing to do here]"""
@@ -81,8 +102,21 @@ class Stage(nn.Module):
     def frozen_forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images to what the frozen prefix puts out, without gradients."""
         with torch.no_grad():
-            for module in self._frozen_chain:
-                images = module(images)
+            if self.prefix_chunk is None or len(images) <= self.prefix_chunk or not self._frozen_chain:
+                return self._frozen(images)
+            found: torch.Tensor | None = None
+            for begin in range(0, len(images), self.prefix_chunk):
+                part = self._frozen(images[begin : begin + self.prefix_chunk])
+                if found is None:
+                    found = _as_long(part, len(images))
+                found[begin : begin + len(part)] = part
+                del part
+            assert found is not None
+            return found
+
+    def _frozen(self, images: torch.Tensor) -> torch.Tensor:
+        for module in self._frozen_chain:
+            images = module(images)
         return images
 
     def leave(self) -> None:
@@ -136,7 +170,8 @@ class WholeStage(Stage):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """See Stage."""
         (network,) = self._network
-        if is_plain_sequential(network):  # in its parts, of which fewer intermediate results are held without gradients
+        # in its parts fewer intermediate results are held without gradients, and none need be where they are recomputed
+        if is_plain_sequential(network) or (self.recomputes and torch.is_grad_enabled()):
             return super().forward(images)
         logits: torch.Tensor = network(images)
         return logits
@@ -174,26 +209,22 @@ def classifier_of(network: nn.Module, num_classes: int) -> nn.Linear:
     return [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes][-1]
 
 
-def leaves_in_order(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Yield the modules that run, in order, with nested Sequentials unfolded.
-
-    A Sequential inside a Sequential holds its own input until its last child is done. In a forward pass without
-    gradients that is a whole activation more than is needed (32 MiB in ResNet-18 at batch 128).
-    """
-    for module in modules:
-        if isinstance(module, nn.ModuleList) or is_plain_sequential(module):
-            # not children(), which leaves out a module that runs twice
-            yield from leaves_in_order(child for child in module._modules.values() if child is not None)
-        else:
-            yield module
-
-
 def _on(module: M, device: torch.device) -> M:
     """Move a module's tensors that are elsewhere; each stays the same object, so that whoever shares it goes along."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
     return module
+
+
+def _as_long(part: torch.Tensor, length: int) -> torch.Tensor:
+    """Return memory for so many samples of which some are given; its dimensions lie in the same order."""
+    strides = part.stride()
+    order = sorted(range(part.dim()), key=lambda dimension: -strides[dimension])
+    shape = (length, *part.shape[1:])
+    return part.new_empty([shape[dimension] for dimension in order]).permute(
+        [order.index(d) for d in range(part.dim())]
+    )
 
 
 def squared_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -210,16 +241,19 @@ class LocalTrainer:
 
     def __init__(self, stage: Stage, config: TrainConfig):
         self.stage = stage
+        self.stage.prefix_chunk = config.prefix_chunk
         self.stage.train()
         self._modes = [(module, module.training) for module in stage.moded_modules()]
         self.config = config
         self.learning_rate = config.learning_rate
+        self.way: Way = WHOLE
         self.momentum = torch.zeros(stage.flat.parameters if config.momentum else 0, device=stage.flat.buffer.device)
         self._parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         self._momentum_of = stage.flat.views(self.momentum) if config.momentum else {}
 
-    def begin(self, values: torch.Tensor, learning_rate: float) -> None:
-        """Start a device: load the global values, forget the momentum of the device before."""
+    def begin(self, values: torch.Tensor, learning_rate: float, way: Way = WHOLE) -> None:
+        """Start a device: load the global values, forget the momentum of the device before; it steps by a way."""
+        self.go(way)
         if any(module.training is not mode for module, mode in self._modes):
             self.stage.train()  # of a hundred modules it takes longer than a step of a small network
         self.stage.flat.load(values)
@@ -227,19 +261,43 @@ class LocalTrainer:
         self.drop_gradients()
         self.learning_rate = learning_rate
 
+    def go(self, way: Way) -> None:
+        """Take the steps that follow by a way."""
+        self.way = way
+        self.stage.recomputes = way.recomputes
+
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step; return the batch's mean loss and its sum of squared losses, (2,), still on the device."""
-        return self._step(lambda: self.stage.loss(images, labels), labels)
+        sizes = self.way.sizes(len(labels), self.config.batch_size)
+        if len(sizes) == 1:
+            return self._step([lambda: self.stage.loss(images, labels)], [labels])
+        batches = list(zip(images.split(sizes), labels.split(sizes), strict=True))
+        return self._step([partial(self.stage.loss, *batch) for batch in batches], [part for _, part in batches])
 
     def step_behind(self, features: Callable[[], torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step on what the frozen prefix put out, which is held by nobody else; see `step`."""
-        return self._step(lambda: self.stage.loss_behind(features(), labels), labels)
+        sizes = self.way.sizes(len(labels), self.config.batch_size)
+        if len(sizes) == 1:
+            return self._step([lambda: self.stage.loss_behind(features(), labels)], [labels])
+        batches = list(zip(features().split(sizes), labels.split(sizes), strict=True))
+        return self._step([partial(self.stage.loss_behind, *batch) for batch in batches], [part for _, part in batches])
 
-    def _step(self, forward: Callable[[], tuple[torch.Tensor, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
-        loss, logits = forward()
-        told = torch.stack([loss.detach(), squared_losses(logits.detach(), labels)])
-        del logits
-        loss.backward()
+    def _step(
+        self, passes: Sequence[Callable[[], tuple[torch.Tensor, torch.Tensor]]], labels: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Take one SGD step by some passes over a batch, whose gradients add up to that of its mean loss."""
+        samples = sum(map(len, labels))
+        told: torch.Tensor | None = None
+        for forward, some in zip(passes, labels, strict=True):
+            loss, logits = forward()
+            if len(some) < samples:
+                loss = loss * (len(some) / samples)
+            here = torch.stack([loss.detach(), squared_losses(logits.detach(), some)])
+            told = here if told is None else told + here
+            del logits
+            loss.backward()
+            del loss
+        assert told is not None
         self._descend()
         # at the end, not before the next step: gradients must not be held through the next frozen forward
         self.drop_gradients()

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedfreeze.compute import device_kind, torch_threads
 from fedfreeze.config.schema import Config
+from fedfreeze.config.ways import ways_of
 from fedfreeze.device.cost import Costs, trained_stage
 from fedfreeze.errors import UnavailableError
 from fedfreeze.methods import make_method, method_class
@@ -95,7 +96,7 @@ def _time_steps(
     trainer = LocalTrainer(stage, config.train)
     stage.begin_device(classes)
     # at a learning rate of 0 a step costs the same, and nothing can diverge
-    trainer.begin(stage.flat.buffer.clone(), 0.0)
+    trainer.begin(stage.flat.buffer.clone(), 0.0, ways_of(config.train.fit)[0])
     taken: list[float] = []
     started = time.perf_counter()
     while len(taken) < WARM_UP_STEPS + FEWEST_STEPS or time.perf_counter() - started < seconds:

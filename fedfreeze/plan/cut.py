@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedfreeze.config.schema import Config
-from fedfreeze.device.cost import Costs, fake_tensors, measure_costs, step_memory
+from fedfreeze.device.cost import Costs, fake_tensors, least_memory, measure_costs
 from fedfreeze.errors import ConfigError
 from fedfreeze.fleet.devices import Fleet
 from fedfreeze.methods import SmartFreeze, make_method
@@ -33,7 +33,7 @@ class Proposal:
     @property
     def peak_bytes(self) -> int:
         """The most that any stage needs."""
-        return max(cost.memory_bytes for cost in self.costs.stages)
+        return max(cost.least_bytes for cost in self.costs.stages)
 
 
 def with_split(config: Config, split: Sequence[str]) -> Config:
@@ -86,7 +86,7 @@ def proposal_of(config: Config, split: Sequence[str], image_shape: ImageShape, c
 def cut_as_it_is(config: Config, image_shape: ImageShape, classes: int, fleet: Fleet) -> Proposal:
     """Measure the cut that a configuration has; its `split` is empty where that is the usual one."""
     costs = measure_costs(config, image_shape, classes)
-    peak = max(cost.memory_bytes for cost in costs.stages)
+    peak = max(cost.least_bytes for cost in costs.stages)
     blocks = len(costs.stages) + config.method.window - 1
     return Proposal(tuple(config.model.split or ()), costs, len(fleet.eligible(peak)), blocks)
 
@@ -134,7 +134,7 @@ class _Search:
                 found = proposal
             ends = [*cut, len(self.places)]
             spans = list(zip(cut, ends[self.window :], strict=False))  # the last blocks begin no stage
-            exact = [cost.memory_bytes for cost in proposal.costs.stages]
+            exact = [cost.least_bytes for cost in proposal.costs.stages]
             if max(exact) <= max(self.needs[span] for span in spans):
                 break
             for span, needed in zip(spans, exact, strict=True):
@@ -184,6 +184,6 @@ class _Search:
             config = with_split(one_block_a_stage(self.config), split or self.places[:1])
             method = SmartFreeze(config, blocked)
             stage = method.enter_stage(0 if begin == 0 else 1, torch.device("cpu"))
-            needed = step_memory(stage, self.config.train, self.image_shape)
+            needed = least_memory(stage, self.config.train, self.image_shape)
             method.leave_stage(stage)
         return needed

@@ -14,7 +14,7 @@ from fedfreeze.config.schema import Config
 from fedfreeze.data.partition import partition_of
 from fedfreeze.data.partition_summary import draw_partition, summarise
 from fedfreeze.data.store import Data, open_store, prepare
-from fedfreeze.device.cost import Costs, StageCost, fit_method, measure_costs
+from fedfreeze.device.cost import Costs, StageCost, WayCost, fit_method, measure_costs
 from fedfreeze.device.features import check_storable
 from fedfreeze.errors import ConfigError, storage_error
 from fedfreeze.fleet.devices import Fleet, make_fleet
@@ -240,14 +240,19 @@ def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline", title_justify="left")
     stores = any(row.get("flash_mib") for row in rows)
     once = "flash MiB" if stores else "frozen"
-    for heading in ("stage", "blocks", "peak MiB", "of full", "GFLOP/step", once, "up MiB", "eligible"):
-        table.add_column(heading, justify="left" if heading == "blocks" else "right", overflow="fold")
+    several = len({row["way"] for row in rows}) > 1  # then there is no room for two of the columns at their widest
+    ways, share, gflop = (["way"], [], "GFLOP") if several else ([], ["of full"], "GFLOP/step")
+    for heading in ("stage", "blocks", *ways, "peak MiB", *share, gflop, once, "up MiB", "eligible"):
+        table.add_column(heading, justify="left" if heading in ("blocks", "way") else "right", overflow="fold")
+    before = None
     for row in rows:
+        again, before = before == (row["stage"], row["level"]), (row["stage"], row["level"])
         table.add_row(
-            _stage_label(row),
-            row["blocks"],
+            "" if again else _stage_label(row),
+            "" if again else row["blocks"],
+            *([row["way"]] if several else []),
             f"{row['memory_mib']:.2f}",
-            f"{row['memory_share']:.0%}",
+            *([] if several else [f"{row['memory_share']:.0%}"]),
             f"{row['step_gflop'] - stores * row['frozen_gflop']:.2f}",
             f"{row['flash_mib']:.2f}" if stores else f"{row['frozen_gflop'] / row['step_gflop']:.0%}",
             f"{row['upload_mib']:.2f}",
@@ -263,26 +268,37 @@ def _stage_label(row: dict[str, Any]) -> str:
 
 
 def plan_rows(costs: Costs, fleet: Fleet) -> list[dict[str, Any]]:
-    """Return one row a stage, or a sub-model where a stage has several, and, last, the full model (`stage` None)."""
+    """Return rows of the stages, and last of the full model (`stage` None): one for each sub-model and way.
+
+    A sub-model has a number (`level`) where a stage has several. `eligible` are the devices whose cap holds that way.
+    """
     rows = []
     for stage, levels in enumerate(costs.levels):
         for level, cost in enumerate(levels):
-            rows.append(_row(stage, level if len(levels) > 1 else None, cost, costs.full, fleet))
-    return [*rows, _row(None, None, costs.full, costs.full, fleet)]
+            rows += _rows(stage, level if len(levels) > 1 else None, cost, costs.full, fleet)
+    return [*rows, *_rows(None, None, costs.full, costs.full, fleet)]
 
 
-def _row(stage: int | None, level: int | None, cost: StageCost, full: StageCost, fleet: Fleet) -> dict[str, Any]:
+def _rows(stage: int | None, level: int | None, cost: StageCost, full: StageCost, fleet: Fleet) -> list[dict[str, Any]]:
+    """Return a row for each way to take its steps."""
+    return [_row(stage, level, cost, way, full, fleet) for way in cost.ways]
+
+
+def _row(
+    stage: int | None, level: int | None, cost: StageCost, way: WayCost, full: StageCost, fleet: Fleet
+) -> dict[str, Any]:
     return {
         "stage": stage,
         "level": level,
         "blocks": cost.name,
-        "memory_mib": cost.memory_bytes / MIB,
-        "memory_share": cost.memory_bytes / full.memory_bytes,
-        "step_gflop": cost.step_flops / 1e9,
+        "way": way.way.name,
+        "memory_mib": way.memory_bytes / MIB,
+        "memory_share": way.memory_bytes / full.memory_bytes,
+        "step_gflop": way.step_flops / 1e9,
         "frozen_gflop": cost.frozen_flops / 1e9,
         "upload_mib": cost.bytes_up / MIB,
         "frozen_mib": cost.frozen_elements * FLOAT_BYTES / MIB,
         "feature_kib": cost.feature_bytes / 1024,
         "elements_reduced": cost.trained_elements,
-        "eligible": len(fleet.eligible(cost.memory_bytes)),
+        "eligible": len(fleet.eligible(way.memory_bytes)),
     }

@@ -134,6 +134,7 @@ class History:
             "cap_mib": {device: None if cap is None else cap / MIB for device, cap in caps.items()},
             "elements_reduced": result.elements_reduced,
             "level": {str(a.device): a.level for a in plan.assignments},
+            "way": {str(a.device): a.way for a in plan.assignments},
             "probed": clock.probed,
             "participation": len(coordinator.trained) / len(coordinator.fleet),
             "bytes_up": clock.bytes_up,

@@ -89,6 +89,8 @@ class EmulatedClock:
         self.frozen_held = np.zeros(len(fleet), dtype=np.int64)  # how many frozen blocks each device has downloaded
         self.features_held = np.zeros(len(fleet), dtype=bool)
         """Which devices have stored the features of this stage's frozen blocks."""
+        self.worse_ways = np.zeros(len(fleet), dtype=np.int64)
+        """By how many ways each device is past the one that was predicted to fit, as it ran out of memory by it."""
         self._frozen_elements = np.array([levels[-1].frozen_elements for levels in costs.levels])
         self._begin_round()
         self.enter_stage(0)
@@ -98,12 +100,30 @@ class EmulatedClock:
         self.stage = stage
         levels = self.costs.levels[stage]
         self.level = np.array([self.costs.level_of(stage, cap) for cap in self.fleet.memory_cap_bytes])
-        # a step's operations are in proportion to its samples
-        step, frozen, forward, sent = (
-            np.array([getattr(cost, name) for cost in levels], dtype=np.float64)[self.level]
-            for name in ("step_flops", "frozen_flops", "forward_flops", "bytes_up")
-        )
+        caps = zip(self.level, self.fleet.memory_cap_bytes, strict=True)
+        self._first_way = np.array([levels[level].way_for(cap) for level, cap in caps])
         self.features_held[:] = False
+        self.worse_ways[:] = 0
+        self._charge()
+
+    def next_way(self, devices: Sequence[int]) -> list[int]:
+        """Have devices that ran out of memory take the next of `train.fit`'s ways; return those that have none left."""
+        last = len(self.costs.levels[self.stage][0].ways) - 1
+        at_end = [device for device in devices if self.way[device] == last]
+        self.worse_ways[[device for device in devices if device not in set(at_end)]] += 1
+        self._charge()
+        return at_end
+
+    def _charge(self) -> None:
+        """Note what a round of the stage takes each device, by its sub-model and its way."""
+        levels = self.costs.levels[self.stage]
+        self.way = self._first_way + self.worse_ways
+        # a step's operations are in proportion to its samples
+        step = np.array([[way.step_flops for way in cost.ways] for cost in levels], np.float64)[self.level, self.way]
+        frozen, forward, sent = (
+            np.array([getattr(cost, name) for cost in levels], dtype=np.float64)[self.level]
+            for name in ("frozen_flops", "forward_flops", "bytes_up")
+        )
         stored = self.train.prefix == "stored"
         if stored:
             step = step - frozen
@@ -200,8 +220,13 @@ class EmulatedClock:
         """Return what a resumed run needs, as plain values."""
         held = {int(device): int(self.frozen_held[device]) for device in np.flatnonzero(self.frozen_held)}
         features = [int(device) for device in np.flatnonzero(self.features_held)]
+        worse = {int(device): int(self.worse_ways[device]) for device in np.flatnonzero(self.worse_ways)}
         totals = {"now_s": self.now_s, "bytes_total": self.bytes_total, "flops_total": self.flops_total}
-        return totals | {"frozen_held": sorted(held.items()), "features_held": features}
+        return totals | {
+            "frozen_held": sorted(held.items()),
+            "features_held": features,
+            "worse_ways": sorted(worse.items()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict."""
@@ -213,3 +238,7 @@ class EmulatedClock:
             self.frozen_held[device] = blocks
         self.features_held[:] = False
         self.features_held[state.get("features_held", [])] = True
+        self.worse_ways[:] = 0
+        for device, ways in state.get("worse_ways", []):  # an earlier version had one way
+            self.worse_ways[device] = ways
+        self._charge()

@@ -85,10 +85,10 @@ class Coordinator:
             if not devices:
                 largest = max(cap for cap in self.fleet.memory_cap_bytes if cap is not None) / MIB
                 raise ConfigError(
-                    f"no device holds stage {levels[0].name!r}: it needs {_up(levels[0].memory_bytes)} MiB at batch "
+                    f"no device holds stage {levels[0].name!r}: it needs {_up(levels[0].least_bytes)} MiB at batch "
                     f"{self.config.train.batch_size}, the largest cap is {math.floor(largest * 100 + 0.01) / 100} MiB; "
                     f"the smallest cap that holds every stage is {_up(self._smallest_cap())} MiB "
-                    "(raise fleet.memory_cap_mib, or lower train.batch_size or model.width)"
+                    "(raise fleet.memory_cap_mib, lower train.batch_size or model.width, or try train.fit=auto)"
                 )
 
     def _able(self, stage: int) -> list[int]:
@@ -150,7 +150,7 @@ class Coordinator:
         if not left:
             cost = self.costs.levels[self.stage][0]
             raise ConfigError(
-                f"every device that should hold stage {cost.name!r} ({cost.memory_bytes / MIB:.1f} MiB predicted) ran "
+                f"every device that should hold stage {cost.name!r} ({cost.least_bytes / MIB:.1f} MiB predicted) ran "
                 "out of memory in it; raise fleet.memory_cap_mib"
             )
         self.expected = min(self.config.train.participants, len(left))
@@ -253,7 +253,11 @@ class Coordinator:
             self.homes |= ranks
         caps = self.fleet.memory_cap_bytes
         level, stores = self.clock.level, self.clock.stores()
-        return tuple(Assignment(d, ranks[d], caps[d], int(level[d]), bool(stores[d])) for d in sorted(devices))
+        ways = [way.way.name for way in self.costs.levels[self.stage][0].ways]
+        return tuple(
+            Assignment(d, ranks[d], caps[d], int(level[d]), ways[self.clock.way[d]], bool(stores[d]))
+            for d in sorted(devices)
+        )
 
     def _learning_rate(self) -> float:
         train = self.config.train
@@ -274,8 +278,8 @@ class Coordinator:
         """Learn from a round and decide what follows. `reports` in the order of device numbers."""
         with own_code("select.name", self.config.select.name):
             self.selector.observe(reports)
-        self.ran_out.update(report.device for report in reports if report.out_of_memory)
         self.clock.end_round(reports)
+        self.ran_out.update(self.clock.next_way([report.device for report in reports if report.out_of_memory]))
         completed = [report for report in reports if report.failed is None]
         for report in completed:
             self.trained.add(report.device)

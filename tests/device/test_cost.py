@@ -10,8 +10,9 @@ import torch
 
 import fedfreeze.device.cost as cost_model
 from fedfreeze.config.file import make_config
+from fedfreeze.config.ways import WHOLE, Way
 from fedfreeze.device.cap import count_peak
-from fedfreeze.device.cost import StageCost, measure_costs
+from fedfreeze.device.cost import measure_costs
 from fedfreeze.methods import full_model_stage, make_method
 from fedfreeze.network.blocks import build_network
 from fedfreeze.network.stage import LocalTrainer, Stage
@@ -19,9 +20,12 @@ from fedfreeze.network.stage import LocalTrainer, Stage
 CPU = torch.device("cpu")
 
 
-def measured_peak(stage: Stage, config: object, batch_size: int, image_shape: tuple[int, int, int]) -> int:
+def measured_peak(
+    stage: Stage, config: object, batch_size: int, image_shape: tuple[int, int, int], way: Way = WHOLE
+) -> int:
     """Peak of the second real step, so that nothing of a first time is in it."""
     trainer = LocalTrainer(stage, config.train)  # type: ignore[attr-defined]
+    trainer.go(way)
     images, labels = torch.randn(batch_size, *image_shape), torch.randint(0, 10, (batch_size,))
     trainer.step(images, labels)
     return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
@@ -62,24 +66,26 @@ def test_prediction_equals_measurement(kind: str, norm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method_name", "model"),
+    ("method_name", "model", "fit"),
     [
-        ("smartfreeze", "vgg11"),
-        ("fedavg_checkpointing", "vit"),
-        pytest.param("smartfreeze", "vit", marks=pytest.mark.slow),
-        pytest.param("fedavg_checkpointing", "vgg11", marks=pytest.mark.slow),
+        ("smartfreeze", "vgg11", "auto, micro(3)"),
+        ("fedavg", "vit", "recompute"),
+        pytest.param("smartfreeze", "vit", "auto, micro(2)", marks=pytest.mark.slow),
+        pytest.param("fedavg", "vgg11", "recompute", marks=pytest.mark.slow),
     ],
 )
-def test_prediction_equals_measurement_for_other_architectures(model: str, method_name: str) -> None:
+def test_prediction_equals_measurement_for_other_architectures(model: str, method_name: str, fit: str) -> None:
     shape = (3, 16, 16)
-    values = {"model": {"name": model, "width": 8}, "method": {"name": method_name}, "train": {"batch_size": 8}}
+    train = {"batch_size": 8, "fit": fit}
+    values = {"model": {"name": model, "width": 8}, "method": {"name": method_name}, "train": train}
     config = make_config(values)
     costs = measure_costs(config, shape, 10, values=False)
     assert measure_costs(config, shape, 10, values=True) == costs
     method = make_method(config, build_network(config.model, shape, 10, 0))
     for index, cost in enumerate(costs.stages):
         stage = method.enter_stage(index, CPU)
-        assert measured_peak(stage, config, 8, shape) == cost.memory_bytes
+        for each in cost.ways:
+            assert measured_peak(stage, config, 8, shape, each.way) == each.memory_bytes
         method.leave_stage(stage)
 
 
@@ -147,14 +153,18 @@ def test_flops_of_a_transformer_against_a_hand_count() -> None:
 
 
 def test_checkpointing_needs_less_memory_and_one_more_forward_pass() -> None:
-    def cost(name: str) -> StageCost:
-        values = {"model": {"name": "resnet10", "width": 16}, "method": {"name": name}, "train": {"batch_size": 32}}
-        return measure_costs(make_config(values), (3, 32, 32), 10).stages[0]
-
-    stored, recomputed = cost("fedavg"), cost("fedavg_checkpointing")
+    train = {"batch_size": 32, "fit": "auto, micro(4)"}
+    values = {"model": {"name": "resnet10", "width": 16}, "method": {"name": "fedavg"}, "train": train}
+    cost = measure_costs(make_config(values), (3, 32, 32), 10).stages[0]
+    stored, recomputed, in_passes = cost.ways
     assert recomputed.memory_bytes < 0.75 * stored.memory_bytes
-    assert recomputed.trained_elements == stored.trained_elements
     assert 1.3 < recomputed.step_flops / stored.step_flops < 1.4
+    assert in_passes.memory_bytes < 0.4 * stored.memory_bytes
+    assert in_passes.step_flops == pytest.approx(stored.step_flops, rel=0.01)
+    assert (cost.memory_bytes, cost.step_flops) == (stored.memory_bytes, stored.step_flops)
+    assert cost.least_bytes == in_passes.memory_bytes
+    sizes = [stored.memory_bytes, recomputed.memory_bytes, in_passes.memory_bytes]
+    assert [cost.way_for(cap) for cap in (None, *sizes, *(size - 1 for size in sizes))] == [0, 0, 1, 2, 1, 2, 2]
 
 
 def test_flops_and_elements_against_a_hand_count() -> None:

@@ -12,7 +12,7 @@ from fedfreeze.cli import main
 from fedfreeze.config.file import make_config
 from fedfreeze.device import trial
 from fedfreeze.device.cost import measure_costs
-from fedfreeze.device.trial import model_on, repeatable, reserved_peak, with_reserved
+from fedfreeze.device.trial import model_on, repeatable, reserved_peaks, with_reserved
 from fedfreeze.errors import ConfigError, UnavailableError
 from fedfreeze.network.stage import Stage
 from fedfreeze.run.experiment import Experiment
@@ -34,7 +34,7 @@ def config_of(**sections: Any):
 @pytest.mark.parametrize("method", ["smartfreeze", "fedavg", "depthfl"])
 def test_a_devices_peak_is_that_of_its_largest_step(method: str) -> None:
     """On a CPU what is governed is what is predicted, so that the costs stay as they are."""
-    config = config_of(method={"name": method})
+    config = config_of(method={"name": method}, train={"batch_size": 8, "fit": "auto, micro(2)"})
     costs = measure_costs(config, SHAPE, 10)
     assert with_reserved(config, costs, SHAPE, 10, {}, CPU) == costs
 
@@ -43,12 +43,13 @@ def test_a_devices_peak_is_that_of_its_largest_step(method: str) -> None:
 def test_the_larger_of_prediction_and_trial_counts(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(method={"name": "depthfl"})
     costs = measure_costs(config, SHAPE, 10)
-    monkeypatch.setattr(trial, "reserved_peak", lambda *_: more)
+    monkeypatch.setattr(trial, "reserved_peaks", lambda *_: [more])
     found = with_reserved(config, costs, SHAPE, 10, {}, CPU)
     pairs = [(costs.full, found.full), *zip(costs.levels[0], found.levels[0], strict=True)]
     assert len(pairs) == 4
     for before, after in pairs:
-        assert after == replace(before, memory_bytes=max(before.memory_bytes, more))
+        (way,) = before.ways
+        assert after == replace(before, ways=(replace(way, memory_bytes=max(before.memory_bytes, more)),))
 
 
 def test_a_run_on_a_gpu_goes_by_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +59,10 @@ def test_a_run_on_a_gpu_goes_by_the_trial(tmp_path: Path, monkeypatch: pytest.Mo
 
     def doubled(_, costs, *facts):
         asked.append(facts[-1])
-        levels = [tuple(replace(cost, memory_bytes=2 * cost.memory_bytes) for cost in each) for each in costs.levels]
+        levels = [
+            tuple(replace(cost, ways=(replace(cost.ways[0], memory_bytes=2 * cost.memory_bytes),)) for cost in each)
+            for each in costs.levels
+        ]
         return replace(costs, levels=tuple(levels))
 
     monkeypatch.setattr("fedfreeze.run.experiment.with_reserved", doubled)
@@ -145,7 +149,7 @@ def test_a_trial_names_the_layer_too_and_leaves_no_hooks() -> None:
     cap = trial.make_cap(CPU)
     cap.begin_stage()
     with pytest.raises(ConfigError, match=r"NoKernel \(active\.1\)"):
-        reserved_peak(stage, config_of(), trial.black_images(8, SHAPE, 10), cap, CPU)
+        reserved_peaks(stage, config_of(), trial.black_images(8, SHAPE, 10), cap, CPU)
 
 
 def test_a_gpu_that_cannot_hold_a_stage_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +158,7 @@ def test_a_gpu_that_cannot_hold_a_stage_is_one_line(monkeypatch: pytest.MonkeyPa
 
     config = config_of()
     costs = measure_costs(config, SHAPE, 10)
-    monkeypatch.setattr(trial, "reserved_peak", full)
+    monkeypatch.setattr(trial, "reserved_peaks", full)
     with pytest.raises(UnavailableError, match="the memory of cuda:0 is not enough"):
         with_reserved(config, costs, SHAPE, 10, {}, CPU)
 

@@ -40,7 +40,7 @@ NAMES = [f"{method} {selector}" for method, selector in SETTINGS]
 
 
 # Relatives of others, or the same selection twice: killed and resumed on two ranks with --full alone.
-RELATIVES = ["exclusivefl uniform", "allsmall uniform", "fedavg_checkpointing uniform", "fedrolex uniform"]
+RELATIVES = ["exclusivefl uniform", "allsmall uniform", "fedrolex uniform"]
 RELATIVES += ["progfed uniform", "smartfreeze tifl", "smartfreeze power_of_choice", "heterofl smartfreeze"]
 
 OURS = ("exclusivefl", "allsmall", "heterofl", "fedrolex", "depthfl", "progfed", "progfed_layerwise")

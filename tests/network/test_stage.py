@@ -8,6 +8,7 @@ from torch import nn
 
 from fedfreeze.config.file import make_config
 from fedfreeze.config.schema import MethodConfig
+from fedfreeze.device.cap import count_peak
 from fedfreeze.methods import make_method
 from fedfreeze.network.blocks import BlockedNetwork, build_network, outline_of
 from fedfreeze.network.flat import FlatPart
@@ -259,3 +260,28 @@ def test_deployed_network_of_every_stage_runs() -> None:
         assert torch.equal(deployed(images), stage(images))
         method.leave_stage(stage)
     assert method.deployed(2) is method.blocked.network
+
+
+@pytest.mark.parametrize("model", ["resnet8", "vgg11", "vit"])
+@pytest.mark.parametrize("memory_format", ["auto", "contiguous"])
+def test_a_prefix_in_chunks_gives_the_same_in_less_memory(model: str, memory_format: str) -> None:
+    facts = {"model": {"name": model, "width": 16, "memory_format": memory_format}}
+    found = {}
+    for chunk in (None, 3, 4, 16, 100):
+        config = make_config(facts | {"train": {"batch_size": 16, "prefix_chunk": chunk}})
+        method = make_method(config, build_network(config.model, (3, 32, 32), 10, 0))
+        stage = method.enter_stage(method.num_stages - 1, CPU)
+        LocalTrainer(stage, config.train)
+        images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        peak = count_peak(lambda s=stage, x=images: s.frozen_forward(x), [images])
+        found[chunk] = stage.frozen_forward(images), peak
+    whole, peak = found[None]
+    for chunk in (3, 4, 16, 100):
+        torch.testing.assert_close(found[chunk][0], whole, rtol=1e-4, atol=1e-5)
+        assert found[chunk][0].stride() == whole.stride()
+    assert found[3][1] <= found[4][1] < peak
+    assert found[16][1] == found[100][1] == peak
+    assert torch.equal(found[100][0], whole)
+    front = method.enter_stage(0, CPU)
+    front.prefix_chunk = 3
+    assert front.frozen_forward(images) is images  # nothing is frozen, and nothing need be copied

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfreeze.config.schema import TrainConfig
-from fedfreeze.device.cost import Costs, StageCost
+from fedfreeze.config.ways import WHOLE
+from fedfreeze.device.cost import Costs, StageCost, WayCost
 from fedfreeze.fleet.devices import Fleet
 from fedfreeze.messages import DeviceReport
 from fedfreeze.server.clock import EmulatedClock, Finish, Work, finish_of, seconds_of
@@ -122,8 +123,7 @@ def cost(
 ) -> StageCost:
     return StageCost(
         name="a stage",
-        memory_bytes=memory,
-        step_flops=step,
+        ways=(WayCost(WHOLE, memory, step),),
         frozen_flops=frozen_flops,
         forward_flops=forward,
         trained_elements=trained,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfreeze.config.file import make_config
-from fedfreeze.device.cost import Costs, StageCost
+from fedfreeze.config.ways import WHOLE
+from fedfreeze.device.cost import Costs, StageCost, WayCost
 from fedfreeze.errors import ConfigError
 from fedfreeze.fleet.devices import Fleet
 from fedfreeze.messages import DeviceReport
@@ -24,8 +25,7 @@ def cost(
 ) -> StageCost:
     return StageCost(
         name=name,
-        memory_bytes=int(memory_mib * MIB),
-        step_flops=100,
+        ways=(WayCost(WHOLE, int(memory_mib * MIB), 100),),
         frozen_flops=0,
         forward_flops=40,
         trained_elements=trained,
