@@ -82,9 +82,9 @@ def test_the_json_of_a_plan():
         "stage": 1,
         "stage_round": 3,
         "assignments": (
-            {"device": 2, "rank": 0, "cap_bytes": 100, "level": 0, "stores": False},
-            {"device": 5, "rank": 1, "cap_bytes": None, "level": 0, "stores": False},
-            {"device": 9, "rank": 0, "cap_bytes": 300, "level": 0, "stores": False},
+            {"device": 2, "rank": 0, "cap_bytes": 100, "level": 0, "way": "whole", "stores": False},
+            {"device": 5, "rank": 1, "cap_bytes": None, "level": 0, "way": "whole", "stores": False},
+            {"device": 9, "rank": 0, "cap_bytes": 300, "level": 0, "way": "whole", "stores": False},
         ),
         "learning_rate": 0.05,
         "fraction_bits": 39,
