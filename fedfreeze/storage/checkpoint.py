@@ -122,6 +122,7 @@ class CheckpointStore:
                 continue
             for torn in candidates[:i]:  # they must not take the place of whole ones among those that are kept
                 _remove(torn)
+            self._drop_old()  # of an older one a process that ended may have left a part
             return found
         if candidates:
             raise DataError(

@@ -49,6 +49,17 @@ def test_nothing_there_is_no_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == []  # looking creates nothing
 
 
+def test_what_a_removal_that_was_broken_off_has_left_goes_when_the_run_goes_on(folder):
+    """Ended between its two files, at the last checkpoint of a run: nothing is saved after that."""
+    left = folder / "round-000000"
+    left.mkdir()
+    (left / "weights.safetensors").write_bytes(b"half of it is gone")
+    store, notices = open_folder(folder)
+    assert_is(store.load_newest(), 3)
+    assert notices == []
+    assert not left.exists()
+
+
 def test_without_updates(tmp_path):
     store, _ = open_folder(tmp_path)
     store.save(1, {"w": torch.ones(2)}, {}, [])
