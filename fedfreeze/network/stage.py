@@ -268,30 +268,29 @@ class LocalTrainer:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step; return the batch's mean loss and its sum of squared losses, (2,), still on the device."""
-        sizes = self.way.sizes(len(labels), self.config.batch_size)
-        if len(sizes) == 1:
-            return self._step([lambda: self.stage.loss(images, labels)], [labels])
-        batches = list(zip(images.split(sizes), labels.split(sizes), strict=True))
-        return self._step([partial(self.stage.loss, *batch) for batch in batches], [part for _, part in batches])
+        return self._step(self.stage.loss, lambda: images, labels)
 
     def step_behind(self, features: Callable[[], torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step on what the frozen prefix put out, which is held by nobody else; see `step`."""
-        sizes = self.way.sizes(len(labels), self.config.batch_size)
-        if len(sizes) == 1:
-            return self._step([lambda: self.stage.loss_behind(features(), labels)], [labels])
-        batches = list(zip(features().split(sizes), labels.split(sizes), strict=True))
-        return self._step([partial(self.stage.loss_behind, *batch) for batch in batches], [part for _, part in batches])
+        return self._step(self.stage.loss_behind, features, labels)
 
     def _step(
-        self, passes: Sequence[Callable[[], tuple[torch.Tensor, torch.Tensor]]], labels: Sequence[torch.Tensor]
+        self,
+        loss_of: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        take: Callable[[], torch.Tensor],
+        labels: torch.Tensor,
     ) -> torch.Tensor:
-        """Take one SGD step by some passes over a batch, whose gradients add up to that of its mean loss."""
-        samples = sum(map(len, labels))
+        """Take one SGD step by as many passes as the way has, whose gradients add up to that of the mean loss."""
+        sizes = self.way.sizes(len(labels), self.config.batch_size)
+        # in one pass what is taken is held by nobody here, as a block may let go of it
+        parts: list[Callable[[], torch.Tensor]] = [take]
+        if len(sizes) > 1:
+            parts = [partial(part.view_as, part) for part in take().split(sizes)]
         told: torch.Tensor | None = None
-        for forward, some in zip(passes, labels, strict=True):
-            loss, logits = forward()
-            if len(some) < samples:
-                loss = loss * (len(some) / samples)
+        for part, some in zip(parts, labels.split(sizes), strict=True):
+            loss, logits = loss_of(part(), some)
+            if len(sizes) > 1:
+                loss = loss * (len(some) / len(labels))
             here = torch.stack([loss.detach(), squared_losses(logits.detach(), some)])
             told = here if told is None else told + here
             del logits
