@@ -1,7 +1,7 @@
 """Predicted against measured peak memory of every stage and the full model, and whether the cap holds at the peak.
 
     python benchmarks/memory.py [--model resnet18] [--width 64] [--batch 32 128] [--fit whole] [--chunk N]
-        [--device cpu|cuda] [--json FILE]
+        [--prefix streamed] [--device cpu|cuda] [--json FILE]
 
 Predicted: tensor bytes of one step counted on fake tensors (what `fedfreeze plan` prints). Measured: the same count on
 a real step; on a GPU also the reserved bytes, which the CUDA memory fraction governs. Then the step runs under a cap of
@@ -38,7 +38,8 @@ def main() -> int:
     parser.add_argument("--output-module", default="conv_norm")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--fit", default="whole")
-    parser.add_argument("--chunk", type=int)
+    parser.add_argument("--chunk", type=int, help="default: train.prefix_chunk=auto")
+    parser.add_argument("--prefix", default="recomputed", choices=["recomputed", "streamed"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
@@ -50,8 +51,10 @@ def main() -> int:
         values: dict[str, Any] = {
             "model": {"name": options.model, "width": options.width},
             "method": {"output_module": options.output_module},
-            "train": {"batch_size": batch, "fit": options.fit, "prefix_chunk": options.chunk},
+            "train": {"batch_size": batch, "fit": options.fit, "prefix": options.prefix},
         }
+        if options.chunk is not None:
+            values["train"]["prefix_chunk"] = options.chunk
         started = time.monotonic()
         costs = measure_costs(make_config(values), SHAPE, CLASSES)
         print(f"batch {batch}: predicted in {time.monotonic() - started:.1f} s", file=sys.stderr)
@@ -122,7 +125,7 @@ def measure(config: Config, index: int, cost: StageCost, number: int, device: to
 
 def one_step(cap: MemoryCap, memory: Any, trainer: LocalTrainer, x: torch.Tensor, y: torch.Tensor) -> None:
     """Take one step as the emulator does."""
-    cap.step(memory, len(x), lambda: [*trainer.held_tensors(), x, y], lambda: trainer.step(x, y))
+    cap.step(memory, len(x), lambda: [*trainer.held_tensors(), x, y], lambda: trainer.counted_step(x, y))
 
 
 def holds(train: Any, cap_bytes: int) -> bool:

@@ -362,7 +362,7 @@ def _check_fit(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(
             f"train.fit: {fit!r} names no way, or one twice, by {str(error)!r}; it is auto, or a list such as "
-            "'whole, recompute, micro(4)', each once"
+            "'whole, recompute, recompute2, micro(4), recompute2+micro(4)', each once"
         ) from None
     for way in ways:
         if way.passes > config.train.batch_size:

@@ -210,18 +210,21 @@ class TrainConfig:
     """L2 penalty of SGD, a step."""
     threads_per_rank: Positive = 1
     """CPU threads of each rank, whatever the launcher sets: the bits of the result depend on it."""
-    prefix: Literal["recomputed", "stored"] = "recomputed"
-    """What an emulated device does with its frozen blocks: run them in every step, or run them once a stage for every
-    view of its samples and store what they put out in its flash memory, which `fedfreeze plan` states. Then they are
-    neither in its memory nor in its time while it trains. [ours]"""
-    prefix_chunk: Positive | None = None
+    prefix: Literal["recomputed", "streamed", "stored"] = "recomputed"
+    """What an emulated device does with its frozen blocks: run them in every step; the same, but with each of their
+    layers in its memory only while that runs, read from its storage (`streamed`; the time to read is not charged); or
+    run them once a stage for every view of its samples and store what they put out in its flash memory, which
+    `fedfreeze plan` states (`stored`). Then they are neither in its memory nor in its time while it trains. [ours]"""
+    prefix_chunk: Positive | Literal["auto"] | None = "auto"
     """Samples that go through the frozen blocks at a time, as without gradients nothing of them but the outcome must
-    stay; None: the whole batch at once. Results differ by rounding. [ours]"""
+    stay; None: the whole batch at once. `auto`: as many as make 4 MiB of the widest activation, which costs no time, on
+    CPUs; on GPUs the whole batch. Results may differ by rounding. [ours]"""
     fit: str = "whole"
     """How devices take their steps: a list of ways, of which each takes the first that its cap holds. `whole` stores
     all activations; `recompute` few of them, and computes the others again in the backward pass, which gives the same
-    bits; `micro(k)` takes a batch in k passes whose gradients add up, and normalises over each alone. `auto` is `whole,
-    recompute`. [ours: that each device has its own]"""
+    bits; `recompute2` fewer, and computes more again, `recompute3` also what the frozen blocks put out; `micro(k)`
+    takes a batch in k passes whose gradients add up, and normalises over each alone; `recompute2+micro(k)` does both.
+    `auto` is `whole, recompute, recompute2, recompute3`. [ours: that each device has its own]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute; `auto` takes CUDA where there is one."""
 
@@ -459,7 +462,7 @@ def code_named(config: Config) -> tuple[str | None, ...]:
 
 
 # What versions did that did not know a key yet, where the default is something else now.
-BEFORE = {"method.start": "anew", "model.memory_format": "contiguous"}
+BEFORE = {"method.start": "anew", "train.prefix_chunk": None, "model.memory_format": "contiguous"}
 
 # A resumed run may differ in these sections only; anything else would make it another run.
 RESUME_MAY_DIFFER = ("comm", "checkpoint", "track")

@@ -4,10 +4,11 @@ import re
 from dataclasses import dataclass
 from math import ceil
 
-AUTO = ("whole", "recompute")
+AUTO = ("whole", "recompute", "recompute2", "recompute3")
 """What `auto` stands for: ways that give the same bits, the fastest first."""
 
-_MICRO = re.compile(r"micro\(([1-9][0-9]{0,5})\)")
+_LEVELS = {"recompute": 1, "recompute2": 2, "recompute3": 3}
+_MICRO = re.compile(rf"(?:({'|'.join(_LEVELS)})\+)?micro\(([1-9][0-9]{{0,5}})\)")
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,10 @@ class Way:
     """How a device takes its steps."""
 
     name: str
-    recomputes: bool = False
-    """Whether it computes the activations of what trains a second time in the backward pass, and stores few."""
+    recompute_level: int = 0
+    """What of the activations it computes anew in the backward pass: 0 nothing; 1 all but what goes into each module of
+    the chain; 2 of these again all but what goes into each of their layers, once more; 3 what the frozen
+    blocks put out, too."""
     passes: int = 1
     """In how many passes it takes a batch, whose gradients add up: `micro(k)`."""
 
@@ -33,12 +36,12 @@ def way_of(name: str) -> Way:
     """Return a way by its name. Raises ValueError."""
     if name == "whole":
         return WHOLE
-    if name == "recompute":
-        return Way(name, recomputes=True)
+    if name in _LEVELS:
+        return Way(name, _LEVELS[name])
     found = _MICRO.fullmatch(name)
     if found is None:
         raise ValueError(name)
-    return Way(name, passes=int(found[1]))
+    return Way(name, 0 if found[1] is None else _LEVELS[found[1]], int(found[2]))
 
 
 def ways_of(fit: str) -> tuple[Way, ...]:

@@ -299,7 +299,7 @@ def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape, way: 
     trainer, images, labels = _one_step(stage, train, image_shape)
     trainer.go(way)
     if train.prefix != "stored" or not len(stage.frozen):
-        return count_peak(lambda: trainer.step(images, labels), [*trainer.held_tensors(), images, labels])
+        return count_peak(lambda: trainer.counted_step(images, labels), [*trainer.held_tensors(), images, labels])
     filling = count_peak(lambda: stage.frozen_forward(images), [*stage.frozen_tensors(), images])
     found = stage.frozen_forward(images)
 

@@ -233,7 +233,7 @@ class Emulator:
         if self.method.counted:
             self.enter_level(0)
         facts = self.data.num_classes, plan.signature_size, self.config.seed
-        probe = Probe(self.part, self.cap, *facts, stores=self.stores)
+        probe = Probe(self.part, self.cap, *facts, self.config.train.prefix)
 
         def begin(rows: np.ndarray) -> None:
             self.part.flat.load(self._start_of(0, plan.round, rows)[0])
@@ -308,6 +308,7 @@ class Emulator:
             memory,
             (stage, self.level, self.trainer.way, len(images)),
             lambda: [*self.trainer.held_tensors(), images, labels],
+            lambda: self.trainer.counted_step(images, labels),
             lambda: self.trainer.step(images, labels),
         )
 

@@ -5,6 +5,7 @@ what it puts out (`stored`); its time and memory are charged so, whatever is kep
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ class FeatureBatch:
 
     def counted_features(self) -> torch.Tensor:
         """Return the same where tensors are counted, as a device that calculates them: with their work and memory."""
-        self.owner.stage.frozen_forward(self.made[0])
+        stage = self.owner.stage
+        with stage.streaming() if self.owner.config.train.prefix == "streamed" else nullcontext():
+            stage.frozen_forward(self.made[0])
         return self.read_features()
 
     def read_features(self) -> torch.Tensor:
@@ -206,7 +209,12 @@ class FrozenFeatures:
 def check_storable(
     config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any], device: torch.device
 ) -> None:
-    """Raise ConfigError where devices are to store features (`train.prefix`) and a stage's cannot be stored."""
+    """Raise ConfigError where devices are to store features or to stream weights (`train.prefix`) and cannot."""
+    if config.train.prefix == "streamed" and device.type != "cpu":
+        raise ConfigError(
+            "train.prefix: streamed is for ranks on CPUs so far, where what is in a device's memory is counted; use "
+            "recomputed, or train.device=cpu"
+        )
     if config.train.prefix != "stored":
         return
     model = method_class(config).network(config.model, fitted)

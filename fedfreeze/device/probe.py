@@ -1,6 +1,7 @@
 """What a device tells of itself before a round: its loss and its signature, by one forward pass under its cap."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,11 +50,15 @@ class Probe:
     """Asks devices on this rank at the stage's global values."""
 
     def __init__(
-        self, stage: Stage, cap: MemoryCap, num_classes: int, signature_size: int, seed: int, *, stores: bool = False
+        self, stage: Stage, cap: MemoryCap, num_classes: int, signature_size: int, seed: int, prefix: str = "recomputed"
     ):
-        """`stores`: devices run the frozen blocks first, and let go of them before they run the others."""
+        """`prefix`: what devices do with their frozen blocks (`train.prefix`).
+
+        By `stored` they run them first, and let go of them before they run the others.
+        """
         self.stage = stage
-        self.stores = stores and len(stage.frozen) > 0
+        self.stores = prefix == "stored" and len(stage.frozen) > 0
+        self.streams = prefix == "streamed"
         self.cap = cap
         self.classifier = classifier_of(stage, num_classes)
         self.signature_size = signature_size
@@ -84,8 +89,11 @@ class Probe:
                     run = partial(self.stage.frozen_forward, images)
                     taken = self.cap.step(memory, (*kind, "stores"), before, run)
                     of_device, forward = self.stage.trained_tensors, self.stage.behind
+                if self.streams:
+                    of_device = self.stage.trained_tensors
                 step = self._step(inputs, forward, taken, labels, gradient)
-                sums += self.cap.step(memory, kind, partial(_held, of_device, taken, labels, gradient), step)
+                held = partial(_held, of_device, taken, labels, gradient)
+                sums += self.cap.step(memory, kind, held, partial(self._streamed, step), step)
                 seen += len(images)
         finally:
             hook.remove()
@@ -126,6 +134,10 @@ class Probe:
             flat = torch.stack([(part.T @ features).flatten() / size for part, features, size in some]).cpu()
             found.append(flat if self.sketch is None else self.sketch.of_rows(flat))
         return torch.cat([row, torch.cat(found)], 1).numpy()
+
+    def _streamed(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self.stage.streaming() if self.streams else nullcontext():
+            return step()
 
     def _step(
         self,

@@ -72,4 +72,5 @@ class ProgFedLayerwise(ProgFed):
     def enter_stage(self, index: int, device: torch.device) -> Stage:
         """See Method."""
         blocks = self.blocked.blocks
-        return Stage(index, blocks[:index], blocks[index], self.heads.behind(index), device)
+        widest = max(self.blocked.widest[:index], default=0)
+        return Stage(index, blocks[:index], blocks[index], self.heads.behind(index), device, widest_frozen=widest)

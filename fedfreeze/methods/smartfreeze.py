@@ -76,7 +76,8 @@ class SmartFreeze(Method):
         # the last stage freezes all that it trains
         watched = None if index == self.num_stages - 1 else trained[0]
         output_module = self.output_modules.behind(index + self.window - 1)
-        return Stage(index, blocks[:index], active, output_module, device, watched)
+        widest = max(self.blocked.widest[:index], default=0)
+        return Stage(index, blocks[:index], active, output_module, device, watched, widest)
 
     def deployed(self, stage: int) -> nn.Module:
         """See Method. Before the last stage: frozen blocks, the active ones and the stage's output module."""

@@ -1,6 +1,7 @@
 """The network cut into consecutive blocks."""
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ class BlockedNetwork:
     """Names at which a block can sensibly begin: modules with weights, before the head."""
     image_shape: ImageShape
     """What it takes."""
+    widest: tuple[int, ...] = ()
+    """The most numbers that a module of each block puts out for one image."""
     uncut: str | None = None
     """Why it cannot be cut: then it is one block, and its head is empty."""
     channels_last: bool = False
@@ -109,6 +112,7 @@ class Outline:
             num_classes=self.num_classes,
             places=self.places,
             image_shape=self.image_shape,
+            widest=tuple(max(map(math.prod, self.shapes[a:b])) for a, b in zip(starts, ends, strict=True)),
             channels_last=self.channels_last,
         )
 

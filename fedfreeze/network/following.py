@@ -1,6 +1,6 @@
 """Follows a network's forward: runs it on a few images of two sizes of the batch, and joins what it calls."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,20 +17,25 @@ from fedfreeze.seeds import global_seed
 BATCH_SIZES = (2, 4)
 
 
-def follow(network: nn.Module, image_shape: tuple[int, int, int]) -> dict[bool, Followed]:
+def follow(
+    network: nn.Module,
+    image_shape: Sequence[int],
+    device: torch.device | None = None,
+    modes: Sequence[bool] = (True, False),
+) -> dict[bool, Followed]:
     """Return what the forward of a network calls in training (True) and in evaluation (False).
 
     Plain Sequentials are gone into; any other module is one call, with what it calls in turn where that can be told
     (Step.inside). The network is left as it was. Raises UnfollowedError, and whatever the forward raises.
     """
     followed = {}
-    for mode in (True, False):
+    for mode in modes:
         recordings = []
         for size in BATCH_SIZES:
             # no pass may see what another left in the buffers
             with untouched(network), global_seed(0, "following"), torch.enable_grad():
                 network.train(mode)
-                recordings.append(Recorder(network).record(torch.rand(size, *image_shape)))
+                recordings.append(Recorder(network).record(torch.rand(size, *image_shape, device=device)))
         followed[mode] = _joined(*recordings)
     return followed
 

@@ -87,6 +87,14 @@ class Step:
             if isinstance(leaf, Value | Held | Called | OfBatch | ImagesDevice):
                 yield leaf
 
+    def values(self) -> set[int]:
+        """Return the values among its arguments."""
+        return {read.index for read in self.reads() if isinstance(read, Value)}
+
+    def touches(self) -> set[int]:
+        """Return the values among its arguments and its results."""
+        return self.values() | {output for output in self.outputs if output is not None}
+
 
 @dataclass(frozen=True)
 class Followed:
@@ -113,17 +121,12 @@ class Program:
 
     def last_uses(self) -> list[list[int]]:
         """Return, for each step, the values that nothing needs after it."""
-        last = {value: number for number, step in enumerate(self.steps) for value in _touched(step)}
+        last = {value: number for number, step in enumerate(self.steps) for value in step.touches()}
         dead: list[list[int]] = [[] for _ in self.steps]
         for value, number in last.items():
             if value != self.outgoing:
                 dead[number].append(value)
         return dead
-
-
-def _touched(step: Step) -> Iterator[int]:
-    yield from (read.index for read in step.reads() if isinstance(read, Value))
-    yield from (output for output in step.outputs if output is not None)
 
 
 class Region(nn.Module):
@@ -167,9 +170,28 @@ class Region(nn.Module):
     def forward(self, x: torch.Tensor, observe: Callable[[Step, Sequence[Any]], None] | None = None) -> torch.Tensor:
         """Map what comes in to what goes out; `observe` is told each step and the leaves of what it returned."""
         program, dead = self.programs[self.training], self._dead[self.training]
-        size, device = len(x), x.device
+        batch = OfImages(len(x), x.device)
         values: dict[int, torch.Tensor] = {program.incoming: x}
         del x
+        for step, unneeded in zip(program.steps, dead, strict=True):
+            out = self.call(step, values, batch)
+            if observe is not None:
+                observe(step, out)
+            del out
+            for number in unneeded:
+                values.pop(number, None)
+        return values[program.outgoing]
+
+    def trains(self, step: Step) -> bool:
+        """Whether a step has parameters that train."""
+        names = [read.name for read in step.reads() if isinstance(read, Called)]
+        called = [self._modules[self._attributes[n]] for n in [*names, *([step.module] if step.module else [])]]
+        held = [getattr(self, self._attributes[read.name]) for read in step.reads() if isinstance(read, Held)]
+        parameters = [*held, *(p for module in called if module is not None for p in module.parameters())]
+        return any(tensor.requires_grad for tensor in parameters)
+
+    def call(self, step: Step, values: dict[int, torch.Tensor], batch: "OfImages") -> list[Any]:
+        """Make the call of a step, add what it puts out to the values, and return the leaves of that."""
 
         def resolved(leaf: Any) -> Any:
             if isinstance(leaf, Value):
@@ -177,27 +199,29 @@ class Region(nn.Module):
             if isinstance(leaf, Held):
                 return getattr(self, self._attributes[leaf.name])
             if isinstance(leaf, OfBatch):
-                return leaf.at(size)
+                return leaf.at(batch.size)
             if isinstance(leaf, Called):
                 return self._modules[self._attributes[leaf.name]]
-            return device if isinstance(leaf, ImagesDevice) else leaf
+            return batch.device if isinstance(leaf, ImagesDevice) else leaf
 
-        for step, unneeded in zip(program.steps, dead, strict=True):
-            if step.module is not None:
-                function: Any = self._modules[self._attributes[step.module]]
-            else:
-                function = step.function
-            with nullcontext() if step.gradients else torch.no_grad():
-                out = list(leaves(function(*mapped(step.args, resolved), **mapped(dict(step.kwargs), resolved))))
-            if observe is not None:
-                observe(step, out)
-            for number, tensor in zip(step.outputs, out, strict=True):
-                if number is not None:
-                    values[number] = tensor
-            del out
-            for number in unneeded:
-                values.pop(number, None)
-        return values[program.outgoing]
+        if step.module is not None:
+            function: Any = self._modules[self._attributes[step.module]]
+        else:
+            function = step.function
+        with nullcontext() if step.gradients else torch.no_grad():
+            out = list(leaves(function(*mapped(step.args, resolved), **mapped(dict(step.kwargs), resolved))))
+        for number, tensor in zip(step.outputs, out, strict=True):
+            if number is not None:
+                values[number] = tensor
+        return out
+
+
+@dataclass(frozen=True)
+class OfImages:
+    """What steps ask of the batch that goes through."""
+
+    size: int
+    device: torch.device
 
 
 def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:

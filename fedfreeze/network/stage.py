@@ -1,22 +1,30 @@
 """What a device trains in one stage: frozen prefix, active block, output module."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim.sgd import sgd
 
 from fedfreeze.config.schema import TrainConfig
 from fedfreeze.config.ways import WHOLE, Way
 from fedfreeze.network.chain import leaves_in_order
+from fedfreeze.network.descent import Descent
 from fedfreeze.network.flat import FlatPart
-from fedfreeze.network.recompute import recomputed, segments_of
+from fedfreeze.network.recompute import Segment, recomputed, repeatable, segments_of, stored_from
 from fedfreeze.network.recording import is_plain_sequential
 
 M = TypeVar("M", bound=nn.Module)
+
+# Numbers of an activation that are at hand while one chunk of a batch goes through the frozen blocks: 4 MiB. With fewer
+# the calls take longer than the work, with more they leave the caches of a core.
+CHUNK_ELEMENTS = 2**20
+
+PREFIX_AGAIN = 3
+"""The recompute level from which on what the frozen prefix puts out is not stored either."""
 
 
 class Stage(nn.Module):
@@ -34,8 +42,12 @@ class Stage(nn.Module):
         output_module: nn.Module,
         device: torch.device,
         watched: nn.Module | None = None,
+        widest_frozen: int = 0,
     ):
-        """`watched`: the first part of `active`, which is frozen when the stage ends; none: all of it is."""
+        """`watched`: the first part of `active`, which is frozen when the stage ends; none: all of it is.
+
+        `widest_frozen`: the most numbers that a frozen module puts out for one image; 0: it is not known.
+        """
         super().__init__()
         self.index = index
         self.frozen = _on(nn.ModuleList(frozen), device)
@@ -45,14 +57,20 @@ class Stage(nn.Module):
         self.output_module = _on(output_module, device)
         self._frozen_chain = list(leaves_in_order(self.frozen))
         self.prefix_chunk: int | None = None
-        """How many samples go through the frozen blocks at a time (`train.prefix_chunk`); None: all of a batch."""
-        self.recomputes = False
-        """Whether what trains stores few activations and computes the others a second time (recompute.py)."""
-        self._segments: dict[int, list[nn.Sequential]] = {}
+        """How many samples go through the frozen blocks at a time; None: all of a batch."""
+        self._usual_chunk = max(1, CHUNK_ELEMENTS // widest_frozen) if widest_frozen and device.type == "cpu" else None
+        self.streams = False
+        self.recompute_level = 0
+        """How few activations what trains stores, and computes the others anew (config/ways.py, recompute.py)."""
+        self._segments: dict[tuple[Any, ...], list[Segment]] = {}
         self.flat = FlatPart(self.active, self.output_module, device)
         self.watched_parameters = self.flat.active_parameters if watched is None else self.flat.parameters_of(watched)
         """How many parameters, the first of the flat buffer, the pace controller looks at."""
         self.train()
+
+    def send_in_chunks(self, chunk: int | Literal["auto"] | None) -> None:
+        """Send batches through the frozen blocks so many samples at a time (`train.prefix_chunk`)."""
+        self.prefix_chunk = self._usual_chunk if chunk == "auto" else chunk
 
     def train(self, mode: bool = True) -> "Stage":
         """Set the training mode of active block and output module; the frozen prefix stays in eval mode."""
@@ -66,24 +84,41 @@ class Stage(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (batch, channels, height, width) to logits (batch, classes)."""
-        return self.behind(self.frozen_forward(images))
+        if self.recompute_level < PREFIX_AGAIN or not len(self.frozen) or not torch.is_grad_enabled():
+            return self.behind(self.frozen_forward(images))
+        again = repeatable(self.frozen_forward, images)
+        return self.behind(again(), again)
 
-    def behind(self, features: torch.Tensor) -> torch.Tensor:
-        """Map what the frozen prefix puts out to logits (batch, classes)."""
-        return self.through(self.output_module, self.through(self.active, features))
+    def behind(self, features: torch.Tensor, again: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        """Map what the frozen prefix puts out to logits (batch, classes); `again` makes it anew."""
+        return self._through((self.active, self.output_module), features, to_logits=True, again=again)
 
     def through(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Map what goes into a part of what trains to what comes out, with its activations stored or to be recomputed.
 
         A stage with a forward of its own that calls its parts by this can be recomputed, too.
         """
-        if not self.recomputes or not torch.is_grad_enabled():
-            found: torch.Tensor = part(x)
-            return found
-        segments = self._segments.get(id(part))
+        # gradients of all its uses in there are summed up first, whatever the way
+        return self._through((part,), x.view_as(x), to_logits=False)
+
+    def _through(
+        self,
+        parts: Sequence[nn.Module],
+        x: torch.Tensor,
+        *,
+        to_logits: bool,
+        again: Callable[[], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if self.recompute_level == 0 or not torch.is_grad_enabled():
+            for part in parts:
+                x = part(x)
+            return x
+        within = self.recompute_level > 1
+        key = (within, *map(id, parts))
+        segments = self._segments.get(key)
         if segments is None:
-            segments = self._segments[id(part)] = segments_of(part)
-        return recomputed(segments, x)
+            segments = self._segments[key] = segments_of(parts, within=within)
+        return recomputed(segments, x, stored_from=stored_from(segments) if to_logits else None, again=again)
 
     def begin_device(self, labels: torch.Tensor) -> None:
         """Prepare for the next device; `labels`: those that it has, ascending. [nothing to do here]"""
@@ -94,9 +129,11 @@ class Stage(nn.Module):
         logits = self(images)
         return functional.cross_entropy(logits, labels), logits
 
-    def loss_behind(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what `loss` does, of what the frozen prefix put out."""
-        logits = self.behind(features)
+    def loss_behind(
+        self, features: Callable[[], torch.Tensor], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `loss` does, of what the frozen prefix put out, which is asked for where it is needed."""
+        logits = self.behind(features(), features if self.recompute_level >= PREFIX_AGAIN else None)
         return functional.cross_entropy(logits, labels), logits
 
     def frozen_forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -116,8 +153,18 @@ class Stage(nn.Module):
 
     def _frozen(self, images: torch.Tensor) -> torch.Tensor:
         for module in self._frozen_chain:
-            images = module(images)
+            with _read_in(module) if self.streams else nullcontext():
+                images = module(images)
         return images
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Have the tensors of frozen modules be there only while each runs, as a device does that streams them."""
+        self.streams = True
+        try:
+            yield
+        finally:
+            self.streams = False
 
     def leave(self) -> None:
         """End the stage: storage of its own for every tensor, all of it on the host."""
@@ -171,7 +218,7 @@ class WholeStage(Stage):
         """See Stage."""
         (network,) = self._network
         # in its parts fewer intermediate results are held without gradients, and none need be where they are recomputed
-        if is_plain_sequential(network) or (self.recomputes and torch.is_grad_enabled()):
+        if is_plain_sequential(network) or (self.recompute_level and torch.is_grad_enabled()):
             return super().forward(images)
         logits: torch.Tensor = network(images)
         return logits
@@ -217,6 +264,24 @@ def _on(module: M, device: torch.device) -> M:
     return module
 
 
+@contextmanager
+def _read_in(module: nn.Module) -> Iterator[None]:
+    """Have a module hold copies of its tensors inside, such as are read from storage; they are let go of after."""
+    tables: list[dict[str, Any]] = [
+        table for inner in module.modules() for table in (inner._parameters, inner._buffers)
+    ]
+    stored = [dict(table) for table in tables]
+    copies = {id(t): t.clone() for table in tables for t in table.values() if t is not None}
+    for table in tables:
+        table.update({name: copies[id(tensor)] for name, tensor in table.items() if tensor is not None})
+    del copies
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, stored, strict=True):
+            table.update(before)
+
+
 def _as_long(part: torch.Tensor, length: int) -> torch.Tensor:
     """Return memory for so many samples of which some are given; its dimensions lie in the same order."""
     strides = part.stride()
@@ -233,23 +298,16 @@ def squared_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class LocalTrainer:
-    """SGD on a stage, built once a stage and used by every device in turn.
-
-    torch's own step by its functional form: with the first torch.optim.Optimizer torch imports its compiler, which
-    takes two seconds of every start.
-    """
+    """SGD on a stage, built once a stage and used by every device in turn."""
 
     def __init__(self, stage: Stage, config: TrainConfig):
         self.stage = stage
-        self.stage.prefix_chunk = config.prefix_chunk
+        self.stage.send_in_chunks(config.prefix_chunk)
         self.stage.train()
         self._modes = [(module, module.training) for module in stage.moded_modules()]
         self.config = config
-        self.learning_rate = config.learning_rate
         self.way: Way = WHOLE
-        self.momentum = torch.zeros(stage.flat.parameters if config.momentum else 0, device=stage.flat.buffer.device)
-        self._parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-        self._momentum_of = stage.flat.views(self.momentum) if config.momentum else {}
+        self.descent = Descent((stage.active, stage.output_module), stage.flat, config)
 
     def begin(self, values: torch.Tensor, learning_rate: float, way: Way = WHOLE) -> None:
         """Start a device: load the global values, forget the momentum of the device before; it steps by a way."""
@@ -257,18 +315,21 @@ class LocalTrainer:
         if any(module.training is not mode for module, mode in self._modes):
             self.stage.train()  # of a hundred modules it takes longer than a step of a small network
         self.stage.flat.load(values)
-        self.momentum.zero_()
-        self.drop_gradients()
-        self.learning_rate = learning_rate
+        self.descent.begin(learning_rate)
 
     def go(self, way: Way) -> None:
         """Take the steps that follow by a way."""
         self.way = way
-        self.stage.recomputes = way.recomputes
+        self.stage.recompute_level = way.recompute_level
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step; return the batch's mean loss and its sum of squared losses, (2,), still on the device."""
-        return self._step(self.stage.loss, lambda: images, labels)
+        return self._step(lambda part, some: self.stage.loss(part(), some), lambda: images, labels)
+
+    def counted_step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Do what `step` does, with the tensors that a device has in its memory: by `train.prefix: streamed`, few."""
+        with self.stage.streaming() if self.config.prefix == "streamed" else nullcontext():
+            return self.step(images, labels)
 
     def step_behind(self, features: Callable[[], torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step on what the frozen prefix put out, which is held by nobody else; see `step`."""
@@ -276,7 +337,7 @@ class LocalTrainer:
 
     def _step(
         self,
-        loss_of: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        loss_of: Callable[[Callable[[], torch.Tensor], torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         take: Callable[[], torch.Tensor],
         labels: torch.Tensor,
     ) -> torch.Tensor:
@@ -287,48 +348,31 @@ class LocalTrainer:
         if len(sizes) > 1:
             parts = [partial(part.view_as, part) for part in take().split(sizes)]
         told: torch.Tensor | None = None
-        for part, some in zip(parts, labels.split(sizes), strict=True):
-            loss, logits = loss_of(part(), some)
-            if len(sizes) > 1:
+        last = len(sizes) - 1
+        for number, (part, some) in enumerate(zip(parts, labels.split(sizes), strict=True)):
+            loss, logits = loss_of(part, some)
+            if last:
                 loss = loss * (len(some) / len(labels))
             here = torch.stack([loss.detach(), squared_losses(logits.detach(), some)])
             told = here if told is None else told + here
             del logits
-            loss.backward()
+            # gradients go at the end at the latest: they must not be held through the next frozen forward
+            with self.descent.one_pass(first=number == 0, last=number == last):
+                loss.backward()
             del loss
         assert told is not None
-        self._descend()
-        # at the end, not before the next step: gradients must not be held through the next frozen forward
-        self.drop_gradients()
         return told
-
-    @torch.no_grad()
-    def _descend(self) -> None:
-        gradients = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
-        if not gradients:
-            return
-        sgd(
-            list(gradients),
-            list(gradients.values()),
-            [self._momentum_of[parameter] for parameter in gradients] if self._momentum_of else [],
-            fused=True,  # one pass and no temporaries: on a device, memory is what we are short of
-            weight_decay=self.config.weight_decay,
-            momentum=self.config.momentum,
-            lr=self.learning_rate,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
 
     def drop_gradients(self) -> None:
         """Let go of the memory of all gradients."""
-        for parameter in self._parameters:
-            parameter.grad = None
+        self.descent.drop_gradients()
 
     def held_tensors(self) -> list[torch.Tensor]:
         """Return what a device holds between steps."""
-        return [*self.stage.held_tensors(), self.momentum]
+        if self.config.prefix == "streamed":
+            return self.held_behind()
+        return [*self.stage.held_tensors(), self.descent.momentum]
 
     def held_behind(self) -> list[torch.Tensor]:
-        """Return what a device holds between steps that has stored what its frozen blocks put out."""
-        return [*self.stage.trained_tensors(), self.momentum]
+        """Return of that what is not the frozen blocks'."""
+        return [*self.stage.trained_tensors(), self.descent.momentum]

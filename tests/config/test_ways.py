@@ -14,10 +14,12 @@ from fedfreeze.network.stage import LocalTrainer
 
 
 def test_lists_of_ways() -> None:
-    assert [way.name for way in ways_of("auto")] == ["whole", "recompute"]
-    assert [way.name for way in ways_of("auto, micro(4)")] == ["whole", "recompute", "micro(4)"]
+    auto = ["whole", "recompute", "recompute2", "recompute3"]
+    assert [way.name for way in ways_of("auto")] == auto
+    assert [way.name for way in ways_of("auto, micro(4)")] == [*auto, "micro(4)"]
     assert ways_of("micro(12)") == (Way("micro(12)", passes=12),)
-    assert [way_of(way.name) for way in ways_of("recompute,whole")] == [Way("recompute", recomputes=True), WHOLE]
+    assert ways_of("recompute2+micro(2)") == (Way("recompute2+micro(2)", 2, 2),)
+    assert [way_of(way.name) for way in ways_of("recompute,whole")] == [Way("recompute", 1), WHOLE]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,11 @@ def test_lists_of_ways() -> None:
         ("micro(-1)", "'micro(-1)'"),
         ("micro(1.5)", "'micro(1.5)'"),
         ("micro(9999999)", "'micro(9999999)'"),
+        ("whole+micro(2)", "'whole+micro(2)'"),
+        ("micro(2)+recompute", "'micro(2)+recompute'"),
+        ("recompute+", "'recompute+'"),
+        ("recompute+whole", "'recompute+whole'"),
+        ("auto, recompute3", "'recompute3'"),
     ],
 )
 def test_what_is_no_list_of_ways_is_one_line(fit: str, said: str) -> None:

@@ -137,7 +137,7 @@ def test_counting_does_not_change_the_bits() -> None:
         plain.step(images, labels)
     assert counter.peak_bytes > 0
     assert torch.equal(counted.stage.flat.buffer, plain.stage.flat.buffer)
-    assert torch.equal(counted.momentum, plain.momentum)
+    assert torch.equal(counted.descent.momentum, plain.descent.momentum)
 
 
 def test_momentum_costs_its_bytes() -> None:

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def test_steps_give_the_bits_of_stored_activations_running_statistics_included(model: str, method: str) -> None:
     images, labels = torch.randn(3, 8, 3, 16, 16), torch.randint(0, 10, (3, 8))
     after = []
-    for way in (WHOLE, way_of("recompute")):
+    for way in (WHOLE, way_of("recompute"), way_of("recompute2")):
         config = make_config({"model": {"name": model, "width": 8}, "method": {"name": method}})
         made = make_method(config, build_network(config.model, (3, 16, 16), 10, 0))
         for index in range(made.num_stages):
@@ -44,8 +44,8 @@ def test_steps_give_the_bits_of_stored_activations_running_statistics_included(m
                 after.append((losses, stage.flat.values().clone(), stage(images[0]).detach()))
                 if not made.counted:
                     made.leave_stage(stage)
-    half = len(after) // 2
-    for stored, again in zip(after[:half], after[half:], strict=True):
+    third = len(after) // 3
+    for stored, again in zip(2 * after[:third], after[third:], strict=True):
         assert stored[0] == again[0]
         assert torch.equal(stored[1], again[1])
         assert torch.equal(stored[2], again[2])
@@ -54,7 +54,7 @@ def test_steps_give_the_bits_of_stored_activations_running_statistics_included(m
 def test_dropout_draws_the_same_mask_in_the_second_forward_pass() -> None:
     plain = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3))
     gradients = []
-    for forward in (plain, lambda x: recomputed(segments_of(plain), x)):
+    for forward in (plain, lambda x: recomputed(segments_of([plain], within=True), x)):
         torch.manual_seed(0)
         forward(torch.ones(2, 4)).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in plain.parameters() if parameter.grad is not None])
@@ -95,7 +95,7 @@ def test_statistics_of_another_kind_move_once() -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(OwnNorm(), nn.BatchNorm1d(4, momentum=None), OwnNorm())
     stored, again = (copy.deepcopy(plain) for _ in range(2))
-    for forward in (stored, lambda x: recomputed(segments_of(again), x)):
+    for forward in (stored, lambda x: recomputed(segments_of([again], within=True), x)):
         for step in range(2):
             forward(torch.ones(3, 4) * (step + torch.arange(3.0)[:, None])).square().sum().backward()
     for (name, one), other in zip(stored.state_dict().items(), again.state_dict().values(), strict=True):

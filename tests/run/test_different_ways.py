@@ -23,6 +23,7 @@ from tests.support.launching import (
 )
 
 DEVICES, ROUNDS = 12, 6
+BOTH = "whole, recompute2"
 SECTIONS = {
     "data": {"partition": "iid"},
     "model": {"width": 16},
@@ -34,7 +35,7 @@ SECTIONS = {
 
 def needs(method: str, tmp_path: Path) -> tuple[float, float]:
     """Return MiB for all of a method's stages with activations stored, and with those of each recomputed."""
-    config = load_config(str(write_config(tmp_path, **SECTIONS, method={"name": method})), ["--train.fit=auto"])
+    config = load_config(str(write_config(tmp_path, **SECTIONS, method={"name": method})), [f"--train.fit={BOTH}"])
     stages = measure_costs(config, (1, 8, 8), 10).stages
     stored, recomputed = (max(stage.ways[way].memory_bytes for stage in stages) / MIB for way in (0, 1))
     assert recomputed < 0.95 * stored
@@ -56,8 +57,8 @@ def test_ways_that_differ_in_a_round_give_the_network_of_one_way(method: str, tm
     folders = {}
     cases = {
         "whole": ([stored], "whole"),
-        "mixed": ([stored, recomputed], "auto"),
-        "again": ([recomputed], "recompute"),
+        "mixed": ([stored, recomputed], BOTH),
+        "again": ([recomputed], "recompute2"),
     }
     for name, (caps, fit) in cases.items():
         (tmp_path / name).mkdir()
@@ -69,19 +70,19 @@ def test_ways_that_differ_in_a_round_give_the_network_of_one_way(method: str, tm
     for whole, mixed, again in zip(*rounds.values(), strict=True):
         assert whole["failed"] == mixed["failed"] == again["failed"] == {}
         assert set(whole["way"].values()) == {"whole"}
-        assert set(again["way"].values()) == {"recompute"}
+        assert set(again["way"].values()) == {"recompute2"}
         assert whole["train_loss"] == mixed["train_loss"] == again["train_loss"]
         assert whole["flops"] < again["flops"]
         assert whole["flops"] <= mixed["flops"] <= again["flops"]
         for device, way in mixed["way"].items():
             peaks = (whole if way == "whole" else again)["peak_memory_mib"]
             assert mixed["peak_memory_mib"][device] == peaks[device] <= mixed["cap_mib"][device]
-    assert {way for each in rounds["mixed"] for way in each["way"].values()} == {"whole", "recompute"}
+    assert {way for each in rounds["mixed"] for way in each["way"].values()} == {"whole", "recompute2"}
 
 
 def test_two_ranks_killed_and_resumed_take_the_same_ways(tmp_path: Path) -> None:
     stored, recomputed = needs("smartfreeze", tmp_path)
-    config = write_config(tmp_path, **sections([stored, recomputed], "auto", "smartfreeze"))
+    config = write_config(tmp_path, **sections([stored, recomputed], BOTH, "smartfreeze"))
     assert run(command(config, tmp_path / "one")).returncode == 0
     two = command(config, tmp_path / "two", ranks=2)
     process = start(two)
@@ -96,28 +97,28 @@ def test_two_ranks_killed_and_resumed_take_the_same_ways(tmp_path: Path) -> None
 
 def test_by_recomputation_more_devices_join(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored, recomputed = needs("fedavg", tmp_path)
-    config = write_config(tmp_path, **sections([stored, recomputed, recomputed], "auto", "fedavg"))
+    config = write_config(tmp_path, **sections([stored, recomputed, recomputed], BOTH, "fedavg"))
     assert main(["plan", str(config), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["stages"]
     assert [(row["stage"], row["way"], row["eligible"]) for row in rows] == [
         (0, "whole", 4),
-        (0, "recompute", 12),
+        (0, "recompute2", 12),
         (None, "whole", 4),
-        (None, "recompute", 12),
+        (None, "recompute2", 12),
     ]
     assert rows[1]["memory_mib"] < rows[0]["memory_mib"]
     assert rows[1]["step_gflop"] > rows[0]["step_gflop"]
     assert main(["plan", str(config)]) == 0
     table = capsys.readouterr().out
     assert all(len(line) <= 110 for line in table.splitlines())
-    assert "recompute" in table
+    assert "recompute2" in table
     assert f"12 of {DEVICES} devices can join every stage" in table
 
 
 def test_a_device_that_runs_out_takes_the_next_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the prediction is too low, as on another GPU."""
     _, recomputed = needs("fedavg", tmp_path)
-    config = write_config(tmp_path, **sections([recomputed], "auto", "fedavg"))
+    config = write_config(tmp_path, **sections([recomputed], BOTH, "fedavg"))
 
     def too_low(*facts, **options):
         costs = measure_costs(*facts, **options)
@@ -130,7 +131,7 @@ def test_a_device_that_runs_out_takes_the_next_way(tmp_path: Path, monkeypatch: 
     seen: set[str] = set()
     for each in (line for line in metrics(tmp_path / "run") if line["kind"] == "round"):
         for device, way in each["way"].items():
-            assert way == ("recompute" if device in seen else "whole")
+            assert way == ("recompute2" if device in seen else "whole")
             assert (device in each["failed"]) is (way == "whole")
             seen.add(device)
     assert len(seen) > 5
