@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -375,3 +376,30 @@ def test_settings_without_meaning_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         measure_costs(config_of(train={"prefix": "stored"}), SHAPE, 10)
     assert_one_line(caught.value, "train.prefix: stored", "fedepth", "use train.prefix=recomputed")
+
+
+BRANCHES = """
+from torch import nn
+
+class Branching(nn.Module):
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 4, 3)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        return self.fc(x if x.sum() > 0 else -x)
+
+def branching(num_classes, in_channels, image_size):
+    return Branching(in_channels, num_classes)
+"""
+
+
+def test_a_network_that_cannot_be_cut_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "branching_of_mine.py").write_text(BRANCHES)
+    monkeypatch.chdir(tmp_path)
+    config = make_config({"method": {"name": "fedepth"}, "model": {"factory": "branching_of_mine:branching"}})
+    with pytest.raises(ConfigError) as caught:
+        fit_method(config, SHAPE, 10, CAPS)
+    assert_one_line(caught.value, "model.factory", "cannot be followed", "branches on values", "method.name=fedavg")
