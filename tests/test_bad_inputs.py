@@ -125,6 +125,14 @@ CONFIGURATIONS = {
         ("heterofl scales the channels of ResNets and VGGs, and model.name is vit",),
         ("--method.name=heterofl", "--model.name=vit", "--model.width=32"),
     ),
+    "no piece fits any cap": Bad(
+        ("no device holds stage", "MiB at batch 16, the largest cap is 0.05 MiB", "raise fleet.memory_cap_mib"),
+        ("--method.name=fedepth", "--fleet.memory_cap_mib=0.05"),
+    ),
+    "features of pieces that train": Bad(
+        ("train.prefix: stored is of no use to fedepth", "use train.prefix=recomputed"),
+        ("--method.name=fedepth", "--train.prefix=stored"),
+    ),
     "no width fits the smallest cap": Bad(
         ("no width of resnet8 fits the smallest cap", "width 1 needs"),
         ("--method.name=allsmall", "--fleet.memory_cap_mib=0.001"),

@@ -115,6 +115,7 @@ class MethodConfig:
             "heterofl",
             "fedrolex",
             "depthfl",
+            "fedepth",
             "progfed",
             "progfed_layerwise",
         ]
@@ -122,8 +123,9 @@ class MethodConfig:
     ) = "smartfreeze"
     """`smartfreeze` trains block by block; `fedavg` the whole model at once (with `fleet.enforce=false` the ideal
     without memory limits); `exclusivefl` the whole model on the devices that hold it; `allsmall` the width that the
-    weakest device holds; `heterofl` and `fedrolex` the width, `depthfl` the depth that each device holds; `progfed`
-    grows the model, `progfed_layerwise` freezes what it grew; or a class of your own, `package.module:Class`."""
+    weakest device holds; `heterofl` and `fedrolex` the width, `depthfl` the depth that each device holds; `fedepth` the
+    whole model on each device, in pieces that it holds, one after the other within a round; `progfed` grows the model,
+    `progfed_layerwise` freezes what it grew; or a class of your own, `package.module:Class`."""
     options: Options = Field(default_factory=dict)
     """Settings of a method of your own, which finds them in `config.method.options`."""
     output_module: Literal["conv_norm", "conv", "block", "pool"] = "conv_norm"

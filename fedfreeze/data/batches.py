@@ -126,10 +126,13 @@ def drawn_batches(
 
 
 def drawn_in_round(
-    config: Config, data: Data, count: int, *, stage: int, round_number: int, device: int
+    config: Config, data: Data, count: int, *, stage: int, round_number: int, device: int, piece: int = 0
 ) -> Iterator[Drawn]:
-    """Yield the batches of local training of a device of `count` samples; no device and no round draws as another."""
-    key = (round_number, device)
+    """Yield the batches of local training of a device of `count` samples, of one of the pieces that it trains.
+
+    No device, no round and no piece draws as another.
+    """
+    key = (round_number, device, piece) if piece else (round_number, device)
     draws = Draws(
         torch_generator(config.seed, "shuffle", *key),
         torch_generator(config.seed, "augment", *key),

@@ -66,6 +66,8 @@ class StageCost:
     """What the frozen prefix puts out for one image; 0: nothing is frozen."""
     batch_norm: bool = False
     """Whether it normalises over the batch, which one sample is too few for."""
+    received_elements: int = 0
+    """Floats of blocks that it runs and others train: sent down in each round beside the trained ones."""
 
     @property
     def memory_bytes(self) -> int:
@@ -93,6 +95,11 @@ class StageCost:
     def bytes_up(self) -> int:
         """Bytes that a device sends a round, fp32."""
         return self.trained_elements * FLOAT_BYTES
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes that a device is sent in each round, fp32; once the frozen prefix comes on top."""
+        return (self.trained_elements + self.received_elements) * FLOAT_BYTES
 
 
 @dataclass(frozen=True)
@@ -260,8 +267,8 @@ def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape)
 def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape) -> StageCost:
     with own_code("model.factory", config.model.factory or ""):
         ways = tuple(_way_cost(config, way, stage, image_shape) for way in ways_of(config.train.fit))
-        _, images, _ = _one_step(stage, config.train, image_shape)
-        frozen_flops = count_flops(lambda: stage.frozen_forward(images)) if len(stage.frozen) else 0
+        trainer, images, _ = _one_step(stage, config.train, image_shape)
+        frozen_flops = sum(count_flops(lambda: trainer.frozen_forward(images)) for _ in trainer.pieces())
         features = stage.frozen_forward(images).numel() * FLOAT_BYTES // len(images) if len(stage.frozen) else 0
         stage.eval()
         with torch.no_grad():
@@ -271,11 +278,12 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
         ways=ways,
         frozen_flops=frozen_flops,
         forward_flops=forward_flops,
-        trained_elements=len(stage.flat),
+        trained_elements=len(stage.flat) - stage.received_elements,
         watched_parameters=stage.watched_parameters,
         frozen_elements=stage.frozen_elements,
         feature_bytes=features,
         batch_norm=has_batch_norm(stage),
+        received_elements=stage.received_elements,
     )
 
 
@@ -283,7 +291,8 @@ def _way_cost(config: Config, way: Way, stage: Stage, image_shape: ImageShape) -
     memory = step_memory(stage, config.train, image_shape, way)
     trainer, images, labels = _one_step(stage, config.train, image_shape)
     trainer.go(way)
-    return WayCost(way, memory, count_flops(lambda: trainer.step(images, labels)))
+    flops = sum(count_flops(lambda: trainer.step(images, labels)) for _ in trainer.pieces())
+    return WayCost(way, memory, flops)
 
 
 def least_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> int:
@@ -294,12 +303,16 @@ def least_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> i
 def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape, way: Way = WHOLE) -> int:
     """Return the peak of live tensor bytes in one training step of a stage by a way; tensors may have shapes only.
 
-    With `train.prefix: stored` it is that of a step behind the frozen blocks, or of their forward pass if that is more.
+    With `train.prefix: stored` it is that of a step behind the frozen blocks, or of their forward pass if that is more;
+    where a device trains piece by piece, it is that of the largest piece.
     """
     trainer, images, labels = _one_step(stage, train, image_shape)
     trainer.go(way)
     if train.prefix != "stored" or not len(stage.frozen):
-        return count_peak(lambda: trainer.counted_step(images, labels), [*trainer.held_tensors(), images, labels])
+        return max(
+            count_peak(lambda: trainer.counted_step(images, labels), [*trainer.held_tensors(), images, labels])
+            for _ in trainer.pieces()
+        )
     filling = count_peak(lambda: stage.frozen_forward(images), [*stage.frozen_tensors(), images])
     found = stage.frozen_forward(images)
 
@@ -314,7 +327,7 @@ def _one_step(
 ) -> tuple[LocalTrainer, torch.Tensor, torch.Tensor]:
     batch = train.batch_size
     return (
-        LocalTrainer(stage, train),
+        stage.trainer(train),
         torch.zeros(batch, *image_shape),
         torch.zeros(batch, dtype=torch.int64),
     )

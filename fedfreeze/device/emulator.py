@@ -128,7 +128,7 @@ class Emulator:
 
     def _train_with(self, level: int, part: Stage) -> None:
         self.level, self.part = level, part
-        self.trainer = LocalTrainer(part, self.config.train)
+        self.trainer = part.trainer(self.config.train)
 
     def _drop_part(self) -> None:
         if self.level is not None:
@@ -184,7 +184,7 @@ class Emulator:
         statistics_from = self.part.flat.parameters if has_room else len(self.part.flat)
         weight = self.method.weight(len(rows))
         if self.held is not None:
-            change = self.part.flat.values() - start
+            change = self.part.flat.values().to(start.device) - start
             return told_later(sum_late(update, change, losses, weight, index, statistics_from), make)
         loss_sum, squared_loss_sum = losses.tolist()
         outcome = Outcome(loss_sum, squared_loss_sum, 1.0, 0.0, 0.0, 0.0)
@@ -223,7 +223,7 @@ class Emulator:
         self.part.begin_device(labels)
         index = self._mine("index", self.method.part_index(self.stage, self.part, round_number, labels))
         start = torch.where(index >= 0, self.values[index.clamp(min=0)], self.part_start)
-        return self._mine("start", start), index
+        return self._mine("start", start), self.part.sent(index)
 
     def ask(self, plan: ProbePlan, rank: int) -> torch.Tensor:
         """Ask this rank's devices; return a row for each device of the plan, zero for those of other ranks.
@@ -232,6 +232,7 @@ class Emulator:
         """
         if self.method.counted:
             self.enter_level(0)
+        self.part.begin_asking()
         facts = self.data.num_classes, plan.signature_size, self.config.seed
         probe = Probe(self.part, self.cap, *facts, self.config.train.prefix)
 
@@ -271,11 +272,12 @@ class Emulator:
         with self.cap.device(assignment.cap_bytes, kind) as memory, global_seed(config.seed, "local training", *key):
             self.trainer.begin(start, plan.learning_rate, way_of(assignment.way))
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            for count, take in self._steps(memory, plan, assignment):
-                self.check()
-                sums += take()
-                steps += 1
-                samples += count
+            for piece in self.trainer.pieces():
+                for count, take in self._steps(memory, plan, assignment, piece):
+                    self.check()
+                    sums += take()
+                    steps += 1
+                    samples += count
         report = DeviceReport(
             assignment.device,
             len(rows),
@@ -286,9 +288,9 @@ class Emulator:
         return sums, partial(self._reported, report, self.part.flat.slots, samples)
 
     def _steps(
-        self, memory: DeviceMemory, plan: RoundPlan, assignment: Assignment
+        self, memory: DeviceMemory, plan: RoundPlan, assignment: Assignment, piece: int
     ) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
-        """Yield for each of a device's batches how many samples it has, and what trains on it."""
+        """Yield for each of a device's batches for a piece how many samples it has, and what trains on it."""
         device, rows = assignment.device, self.parts[assignment.device]
         if self.features is not None:
             if assignment.stores:
@@ -298,15 +300,18 @@ class Emulator:
             return
         room = None if self.held is None else self.held.samples
         drawn = drawn_in_round(
-            self.config, self.data, len(rows), stage=plan.stage, round_number=plan.round, device=device
+            self.config, self.data, len(rows), stage=plan.stage, round_number=plan.round, device=device, piece=piece
         )
         for images, labels in training_batches(self.data, rows, drawn, self.device, room):
-            yield len(images), partial(self._step, memory, plan.stage, images, labels)
+            yield len(images), partial(self._step, memory, (plan.stage, piece), images, labels)
 
-    def _step(self, memory: DeviceMemory, stage: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _step(
+        self, memory: DeviceMemory, at: tuple[int, int], images: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Take a step on a batch; `at`: stage and piece."""
         return self.cap.step(
             memory,
-            (stage, self.level, self.trainer.way, len(images)),
+            (*at, self.level, self.trainer.way, len(images)),
             lambda: [*self.trainer.held_tensors(), images, labels],
             lambda: self.trainer.counted_step(images, labels),
             lambda: self.trainer.step(images, labels),

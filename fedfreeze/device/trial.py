@@ -22,7 +22,7 @@ from fedfreeze.errors import ConfigError, UnavailableError
 from fedfreeze.methods import full_model_stage, make_method, method_class
 from fedfreeze.network.blocks import build_network
 from fedfreeze.network.probing import ImageShape
-from fedfreeze.network.stage import LocalTrainer, Stage
+from fedfreeze.network.stage import Stage
 from fedfreeze.plugins import own_code
 from fedfreeze.seeds import global_seed
 
@@ -85,7 +85,7 @@ class StageTrial:
     def __init__(self, stage: Stage, config: Config, data: Data, cap: MemoryCap, device: torch.device):
         self.stage, self.config, self.data, self.cap, self.device = stage, config, data, cap, device
         self.rows = np.arange(len(data.train))
-        self.trainer = LocalTrainer(stage, config.train)
+        self.trainer = stage.trainer(config.train)
         with cap.on_top(), own_code("model.factory", config.model.factory or ""), repeatable(stage, config):
             self.held = held_for(stage, config, data, [self.rows], device, counted=False)
             self.values = self.held.put("values", stage.flat.values())
@@ -100,10 +100,11 @@ class StageTrial:
         try:
             with self.cap.device(cap_bytes) as memory, global_seed(config.seed, "trial"):
                 self.trainer.begin(self.values, config.train.learning_rate, way)
-                drawn = drawn_once(config, self.data, len(self.rows), "trial")
-                for images, labels in training_batches(self.data, self.rows, drawn, self.device, self.held.samples):
-                    step = partial(self.trainer.step, images, labels)
-                    self.cap.step(memory, (self, way, len(images)), partial(self._held, images, labels), step)
+                for piece in self.trainer.pieces():
+                    drawn = drawn_once(config, self.data, len(self.rows), "trial")
+                    for images, labels in training_batches(self.data, self.rows, drawn, self.device, self.held.samples):
+                        step, held = partial(self.trainer.step, images, labels), partial(self._held, images, labels)
+                        self.cap.step(memory, (self, way, piece, len(images)), held, step)
         finally:
             self.trainer.drop_gradients()
         self.stage.flat.load(self.values)

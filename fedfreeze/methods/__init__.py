@@ -8,6 +8,7 @@ from fedfreeze.methods.base import Method
 from fedfreeze.methods.depthfl import DepthFL
 from fedfreeze.methods.exclusivefl import ExclusiveFL
 from fedfreeze.methods.fedavg import FedAvg, full_model_stage
+from fedfreeze.methods.fedepth import FeDepth
 from fedfreeze.methods.fedrolex import FedRolex
 from fedfreeze.methods.heterofl import HeteroFL
 from fedfreeze.methods.progfed import ProgFed, ProgFedLayerwise
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "heterofl": HeteroFL,
     "fedrolex": FedRolex,
     "depthfl": DepthFL,
+    "fedepth": FeDepth,
     "progfed": ProgFed,
     "progfed_layerwise": ProgFedLayerwise,
 }

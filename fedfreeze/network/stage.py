@@ -174,6 +174,25 @@ class Stage(nn.Module):
         for part in (self.frozen, self.active, self.output_module):
             _on(part, torch.device("cpu"))
 
+    def trainer(self, config: TrainConfig) -> "LocalTrainer":
+        """Return what trains the stage."""
+        return LocalTrainer(self, config)
+
+    def sent(self, index: torch.Tensor) -> torch.Tensor:
+        """Return where the elements of a sub-model's flat buffer are added that a device sends; -1: nowhere.
+
+        `index`: where they belong (Method.part_index), which may be overwritten. [all of them]
+        """
+        return index
+
+    @property
+    def received_elements(self) -> int:
+        """Number of float elements that a device of a sub-model is sent in each round, runs, and does not send back."""
+        return 0
+
+    def begin_asking(self) -> None:
+        """Prepare for what is asked before a round, for which all of it runs. [nothing to do here]"""
+
     def held_tensors(self) -> list[torch.Tensor]:
         """Return what a device holds between steps: all parameters and buffers of the stage."""
         return [*self.parameters(), *self.buffers()]
@@ -321,6 +340,17 @@ class LocalTrainer:
         """Take the steps that follow by a way."""
         self.way = way
         self.stage.recompute_level = way.recompute_level
+
+    def pieces(self) -> Iterator[int]:
+        """Yield the number of each piece that a device trains in a round, one after the other, all its epochs each.
+
+        Steps train the piece that was yielded last. [all of the stage is one]
+        """
+        yield 0
+
+    def frozen_forward(self, images: torch.Tensor) -> torch.Tensor | None:
+        """Map images to what the frozen blocks of the piece at work put out; None: it has none."""
+        return self.stage.frozen_forward(images) if len(self.stage.frozen) else None
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Take one SGD step; return the batch's mean loss and its sum of squared losses, (2,), still on the device."""

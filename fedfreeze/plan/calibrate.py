@@ -18,7 +18,7 @@ from fedfreeze.errors import UnavailableError
 from fedfreeze.methods import make_method, method_class
 from fedfreeze.network.blocks import build_network
 from fedfreeze.network.probing import ImageShape
-from fedfreeze.network.stage import LocalTrainer, Stage
+from fedfreeze.network.stage import Stage
 from fedfreeze.plugins import own_code
 from fedfreeze.seeds import torch_generator
 
@@ -92,19 +92,22 @@ def _memory_told(config: Config, device: torch.device) -> Iterator[None]:
 def _time_steps(
     config: Config, stage: Stage, batch: tuple[torch.Tensor, torch.Tensor], classes: torch.Tensor, seconds: float
 ) -> list[float]:
-    """Return the seconds of single steps, the first ones left out."""
-    trainer = LocalTrainer(stage, config.train)
+    """Return the seconds of single steps, of all pieces one each, the first ones left out."""
+    trainer = stage.trainer(config.train)
     stage.begin_device(classes)
     # at a learning rate of 0 a step costs the same, and nothing can diverge
     trainer.begin(stage.flat.buffer.clone(), 0.0, ways_of(config.train.fit)[0])
     taken: list[float] = []
     started = time.perf_counter()
     while len(taken) < WARM_UP_STEPS + FEWEST_STEPS or time.perf_counter() - started < seconds:
-        begun = time.perf_counter()
-        trainer.step(*batch)
-        if batch[0].is_cuda:
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begun)
+        seconds_of_pieces = 0.0
+        for _ in trainer.pieces():
+            begun = time.perf_counter()
+            trainer.step(*batch)
+            if batch[0].is_cuda:
+                torch.cuda.synchronize()
+            seconds_of_pieces += time.perf_counter() - begun
+        taken.append(seconds_of_pieces)
     return taken[WARM_UP_STEPS:]
 
 

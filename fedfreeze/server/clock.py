@@ -120,9 +120,9 @@ class EmulatedClock:
         self.way = self._first_way + self.worse_ways
         # a step's operations are in proportion to its samples
         step = np.array([[way.step_flops for way in cost.ways] for cost in levels], np.float64)[self.level, self.way]
-        frozen, forward, sent = (
+        frozen, forward, sent, received = (
             np.array([getattr(cost, name) for cost in levels], dtype=np.float64)[self.level]
-            for name in ("frozen_flops", "forward_flops", "bytes_up")
+            for name in ("frozen_flops", "forward_flops", "bytes_up", "bytes_down")
         )
         stored = self.train.prefix == "stored"
         if stored:
@@ -131,6 +131,7 @@ class EmulatedClock:
         self._filling_flops = stored * self.views * self.samples * frozen / self.train.batch_size
         self.forward_flops = self.samples * forward / self.train.batch_size
         self.model_bytes = sent.astype(np.int64)
+        self._received_bytes = received.astype(np.int64)
 
     @property
     def train_flops(self) -> np.ndarray:
@@ -169,7 +170,7 @@ class EmulatedClock:
     def _bytes_down(self, devices: np.ndarray) -> np.ndarray:
         """A frozen block is sent once to a device that lacks it; the rest of the stage in every round."""
         missing = self._frozen_elements[self.stage] - self._frozen_elements[self.frozen_held[devices]]
-        down = self.model_bytes[devices] + missing * FLOAT_BYTES
+        down = self._received_bytes[devices] + missing * FLOAT_BYTES
         return np.where(self._has_model[devices], 0, down)
 
     def probe(self, devices: Sequence[int], numbers: int) -> list[int]:

@@ -152,6 +152,7 @@ CASES = {
         "model": {"memory_format": "contiguous"},
     },
     "depthfl": {"method": {"name": "depthfl"}, "fleet": {"memory_cap_mib": [0.5, 2.0]}},
+    "fedepth": {"method": {"name": "fedepth"}, "fleet": {"memory_cap_mib": [0.36, 0.5, 2.0]}},
     "a merge of one's own": {"method": {"name": "mine_on_gpu:Half"}},
     "most diverge": {"train": {"learning_rate": 300.0}},
 }

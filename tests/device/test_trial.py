@@ -31,7 +31,7 @@ def config_of(**sections: Any):
     return make_config({"model": {"width": 8}, "train": {"batch_size": 8}} | sections)
 
 
-@pytest.mark.parametrize("method", ["smartfreeze", "fedavg", "depthfl"])
+@pytest.mark.parametrize("method", ["smartfreeze", "fedavg", "depthfl", "fedepth"])
 def test_a_devices_peak_is_that_of_its_largest_step(method: str) -> None:
     """On a CPU what is governed is what is predicted, so that the costs stay as they are."""
     config = config_of(method={"name": method}, train={"batch_size": 8, "fit": "auto, micro(2)"})

@@ -35,15 +35,22 @@ SETTINGS = [
     *(("smartfreeze", selector) for selector in SELECTORS if selector != "uniform"),
     ("heterofl", "smartfreeze"),
     ("depthfl", "smartfreeze"),
+    ("fedepth", "smartfreeze"),
 ]
 NAMES = [f"{method} {selector}" for method, selector in SETTINGS]
 
 
 # Relatives of others, or the same selection twice: killed and resumed on two ranks with --full alone.
 RELATIVES = ["exclusivefl uniform", "allsmall uniform", "fedrolex uniform"]
-RELATIVES += ["progfed uniform", "smartfreeze tifl", "smartfreeze power_of_choice", "heterofl smartfreeze"]
+RELATIVES += [
+    "progfed uniform",
+    "smartfreeze tifl",
+    "smartfreeze power_of_choice",
+    "heterofl smartfreeze",
+    "fedepth smartfreeze",
+]
 
-OURS = ("exclusivefl", "allsmall", "heterofl", "fedrolex", "depthfl", "progfed", "progfed_layerwise")
+OURS = ("exclusivefl", "allsmall", "heterofl", "fedrolex", "depthfl", "fedepth", "progfed", "progfed_layerwise")
 ROUNDS = 6
 
 
@@ -189,7 +196,7 @@ def test_on_cifar10(cifar10: Runs, name: str) -> None:
 
 
 def test_sub_models_of_several_sizes_take_part(digits: Runs) -> None:
-    for name in ("heterofl uniform", "fedrolex uniform", "depthfl uniform"):
+    for name in ("heterofl uniform", "fedrolex uniform", "depthfl uniform", "fedepth uniform"):
         rounds = [record for record in metrics(digits.one(name)) if record["kind"] == "round"]
         levels = {level for record in rounds for level in record["level"].values()}
         assert len(levels) > 1, name
@@ -253,7 +260,7 @@ def test_no_device_runs_out(digits: Runs, name: str) -> None:
     assert completed > ROUNDS
 
 
-@pytest.mark.parametrize("name", ["heterofl", "fedrolex", "depthfl"])
+@pytest.mark.parametrize("name", ["heterofl", "fedrolex", "depthfl", "fedepth"])
 def test_devices_train_the_level_of_their_cap(digits: Runs, name: str) -> None:
     level_of_cap: dict[float, set[int]] = {}
     for record in rounds_of(digits.one(f"{name} uniform")):

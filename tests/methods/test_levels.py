@@ -250,7 +250,7 @@ def test_channels_that_cannot_be_chosen_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("own")
-@pytest.mark.parametrize("name", ["depthfl", "progfed", "progfed_layerwise"])
+@pytest.mark.parametrize("name", ["depthfl", "fedepth", "progfed", "progfed_layerwise"])
 def test_blocks_of_an_own_network_must_be_given(name: str) -> None:
     config = config_of(name, model={"factory": "networks_of_mine:convolutions"})
     with pytest.raises(ConfigError) as caught:

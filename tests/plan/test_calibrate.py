@@ -9,6 +9,7 @@ from fedfreeze.config.file import make_config
 from fedfreeze.config.schema import Config
 from fedfreeze.device.cost import Costs, measure_costs
 from fedfreeze.errors import UnavailableError
+from fedfreeze.network.stage import LocalTrainer
 from fedfreeze.plan import calibrate as calibration
 from fedfreeze.plan.calibrate import StageSpeed, calibrate, machine_gflops, speed_rows, spread
 from tests.support.in_process import assert_refused, attempt
@@ -57,14 +58,14 @@ def test_the_first_steps_do_not_count(monkeypatch):
     def step(self, images, labels):
         now[0] += next(taken)
 
-    monkeypatch.setattr(calibration.LocalTrainer, "step", step)
+    monkeypatch.setattr(LocalTrainer, "step", step)
     assert timed(config, costs) == [StageSpeed("full model", costs.stages[0].step_flops, 2.0, 3)]
 
 
 def test_real_steps_are_taken_and_no_parameter_changes(monkeypatch):
     config, costs = priced()
     seen = []
-    step = calibration.LocalTrainer.step
+    step = LocalTrainer.step
 
     def watched(self, images, labels):
         before = {name: value.clone() for name, value in self.stage.named_parameters()}
@@ -74,7 +75,7 @@ def test_real_steps_are_taken_and_no_parameter_changes(monkeypatch):
         seen.append(all(torch.equal(value, before[name]) for name, value in self.stage.named_parameters()))
         return result
 
-    monkeypatch.setattr(calibration.LocalTrainer, "step", watched)
+    monkeypatch.setattr(LocalTrainer, "step", watched)
     timed(config, costs)
     assert len(seen) == 3 * (calibration.WARM_UP_STEPS + calibration.FEWEST_STEPS)
     assert all(seen)
@@ -83,13 +84,13 @@ def test_real_steps_are_taken_and_no_parameter_changes(monkeypatch):
 def test_the_configured_threads_are_used_and_put_back(monkeypatch):
     config, costs = priced(train={"batch_size": 8, "device": "cpu", "threads_per_rank": 2})
     before, seen = torch.get_num_threads(), set()
-    step = calibration.LocalTrainer.step
+    step = LocalTrainer.step
 
     def watched(self, images, labels):
         seen.add(torch.get_num_threads())
         return step(self, images, labels)
 
-    monkeypatch.setattr(calibration.LocalTrainer, "step", watched)
+    monkeypatch.setattr(LocalTrainer, "step", watched)
     timed(config, costs)
     assert seen == {2}
     assert torch.get_num_threads() == before
@@ -137,7 +138,7 @@ def test_too_little_memory_for_a_step_is_one_line(monkeypatch):
     def step(self, images, labels):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(calibration.LocalTrainer, "step", step)
+    monkeypatch.setattr(LocalTrainer, "step", step)
     with pytest.raises(UnavailableError, match=r"not enough for a step of 8 samples; lower train\.batch_size"):
         timed(config, costs)
 
