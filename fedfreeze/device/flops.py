@@ -46,9 +46,14 @@ class FlopCounter(TorchDispatchMode):
             with self:  # what it is made of has formulas
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if formula is not None:
+        if formula is not None and not _has_no_values(args):
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
+
+
+def _has_no_values(args: Any) -> bool:
+    """Whether an operation asks for shapes alone (on the device meta), which is no work."""
+    return any(isinstance(each, torch.Tensor) and each.device.type == "meta" for each in args)
 
 
 @cache

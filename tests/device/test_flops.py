@@ -51,3 +51,8 @@ def test_recurrent_layers_and_errors() -> None:
     assert count_flops(lambda: layer(x)) == by_torch(lambda: layer(x))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         count_flops(lambda: x[0] @ x[0])
+
+
+def test_shapes_that_are_asked_for_are_no_work() -> None:
+    weight = torch.empty(4, 3, 3, 3, device="meta")
+    assert count_flops(lambda: torch.nn.functional.conv2d(torch.empty(2, 3, 8, 8, device="meta"), weight)) == 0
