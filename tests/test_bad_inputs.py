@@ -119,8 +119,10 @@ CONFIGURATIONS = {
     ),
     "unknown profile": Bad(("'phone' is no profile; did you mean phones?",), ("--fleet.profile=phone",)),
     "deadline that nobody meets": Bad(
-        ("train.deadline_s: 1e-06 s is too short for stage", "fastest device"), ("--train.deadline_s=1e-6",)
+        ("fleet.accounting: cuda_segments counts devices", "train.prefix=recomputed"),
+        ("--train.prefix=stored", "--fleet.accounting=cuda_segments"),
     ),
+    "XX": (("train.deadline_s: 1e-06 s is too short for stage", "fastest device"), ("--train.deadline_s=1e-6",)),
     "widths of a ViT": Bad(
         ("heterofl scales the channels of ResNets and VGGs, and model.name is vit",),
         ("--method.name=heterofl", "--model.name=vit", "--model.width=32"),

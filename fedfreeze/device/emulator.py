@@ -48,7 +48,7 @@ class Emulator:
         self.parts = parts
         self.method = method
         self.device = device
-        self.cap = make_cap(device)
+        self.cap = make_cap(device, config.fleet.accounting)
         self.in_stage = False
         self.peaks_asked: dict[Hashable, int] = {}
         """Bytes that a device's answer needs, of the kinds counted before."""
@@ -129,6 +129,7 @@ class Emulator:
     def _train_with(self, level: int, part: Stage) -> None:
         self.level, self.part = level, part
         self.trainer = LocalTrainer(part, self.config.train)
+        self.cap.holds(self.trainer)
 
     def _drop_part(self) -> None:
         if self.level is not None:
