@@ -239,12 +239,13 @@ def predicted(stage: Stage, train: TrainConfig, image_shape: ImageShape, way: Wa
     records: dict[int, StepRecord] = {}
     for samples in first_batches(train.batch_size):
         if samples not in records:
-            records[samples] = _step_of(trainer, holds, samples, image_shape)
+            records[samples] = step_record(trainer, holds, samples, image_shape)
         segments.step(records[samples])
     return records[train.batch_size].tensor_bytes, segments.peak_bytes
 
 
-def _step_of(trainer: LocalTrainer, holds: Held, samples: int, image_shape: ImageShape) -> StepRecord:
+def step_record(trainer: LocalTrainer, holds: Held, samples: int, image_shape: ImageShape) -> StepRecord:
+    """Take a step on so many black images, and return its record; tensors may have shapes only."""
     images, labels = torch.zeros(samples, *image_shape), torch.zeros(samples, dtype=torch.int64)
     return recorded(lambda: trainer.step(images, labels), lambda: [*trainer.held_tensors(), images, labels], holds)[1]
 

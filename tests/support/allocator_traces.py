@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fedfreeze.device.segments import Block, SegmentAllocator
+from fedfreeze.device.segments import Block, SegmentAllocator, SegmentLimitError
 from tests.support.checks import ROOT
 
+_STEP_BYTES = 2 * 2**20
 FILE = ROOT / "benchmarks" / "results" / "allocator_h200.json.gz"
 
 
@@ -34,7 +35,7 @@ class Trace:
         return [address for action, address, _ in self.actions if action == "alloc"]
 
     @cached_property
-    def _held(self) -> set[int]:
+    def _at_once(self) -> set[int]:
         """Which actions belong to what an operation takes for itself: allocated, and at once freed again."""
         found: set[int] = set()
         for i, (action, address, _) in enumerate(self.actions[:-1]):
@@ -42,14 +43,32 @@ class Trace:
                 found |= {i, i + 1, i + 2}
         return found
 
-    def replayed(self, *, at_its_addresses: bool, workspaces: bool = True) -> tuple[SegmentAllocator, list[int]]:
+    @property
+    def largest_workspace(self) -> int:
+        """The most that an operation took for itself, in bytes."""
+        taken = (size for i, (action, _, size) in enumerate(self.actions) if action == "alloc" and i in self._at_once)
+        return max(taken, default=0)
+
+    def least_cap(self) -> int:
+        """Return the least bytes, in steps of 2 MiB, with which the device's trace passes in the model."""
+        for cap_bytes in range(self.tensor // _STEP_BYTES * _STEP_BYTES, self.peak, _STEP_BYTES):
+            try:
+                self.replayed(at_its_addresses=False, limit_bytes=self.emulator + cap_bytes)
+            except SegmentLimitError:
+                continue
+            return cap_bytes
+        return self.peak
+
+    def replayed(
+        self, *, at_its_addresses: bool, workspaces: bool = True, limit_bytes: int | None = None
+    ) -> tuple[SegmentAllocator, list[int]]:
         """Return the model's allocator after the trace, and the address that it gave each allocation.
 
-        `workspaces`: with what operations took for themselves alone.
+        `workspaces`: with what operations took for themselves alone. Raises SegmentLimitError.
         """
         given: list[int] = []
         coming = iter(self._segments())
-        allocator = SegmentAllocator(placed=(lambda _: next(coming)) if at_its_addresses else None)
+        allocator = SegmentAllocator(limit_bytes, placed=(lambda _: next(coming)) if at_its_addresses else None)
         live: dict[int, Block] = {}
         for number, segment in enumerate(sorted(self.before, key=lambda each: int(each["address"]))):
             address = segment["address"] if at_its_addresses else -(2**50) + number * 2**40
@@ -60,7 +79,7 @@ class Trace:
             )
             live |= {segment["address"] + block.address - address: block for block in blocks}
         for i, (action, address, size) in enumerate(self.actions):
-            if i in self._held and not workspaces:
+            if i in self._at_once and not workspaces:
                 continue
             if action == "alloc":
                 live[address] = allocator.alloc(size)
