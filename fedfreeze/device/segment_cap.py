@@ -28,7 +28,9 @@ class SegmentCap(MemoryCap):
         """The reserved and the tensor peak of devices that were measured and fitted, by kind and cap."""
         self._holds: Held | None = None
         self._segments: DeviceSegments | None = None
-        """Those of the device at work; None: its peak is known."""
+        """Those of the device at work, where it is measured."""
+        self._is_known = False
+        """Whether the peak of the device at work is known."""
 
     def begin_stage(self) -> None:
         """See MemoryCap."""
@@ -46,9 +48,12 @@ class SegmentCap(MemoryCap):
         memory = DeviceMemory(cap_bytes)
         known = None if kind is None else self._fitted.get((kind, cap_bytes))
         if known is not None:
-            self._segments = None
-            yield memory
-            memory.peak_bytes, memory.tensor_peak_bytes = known
+            self._is_known = True
+            try:
+                yield memory
+            finally:
+                self._is_known = False
+                memory.peak_bytes, memory.tensor_peak_bytes = known
             return
         segments = self._segments = DeviceSegments(self._holds, cap_bytes)
         try:
@@ -70,6 +75,7 @@ class SegmentCap(MemoryCap):
         """See MemoryCap."""
         segments, record = self._segments, self._records.get(kind)
         if segments is None:
+            assert self._is_known
             return (shortened or run)()
         if record is None:
             result, record = recorded(run, lambda: list(held()), self._holds, segments)

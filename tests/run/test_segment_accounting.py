@@ -129,3 +129,18 @@ def test_a_device_that_is_chosen_in_spite_of_its_cap_fails_as_on_a_gpu_in_the_sa
     assert first
     assert all(text.startswith("memory cap: an allocation of") for text in first.values())
     assert all(text.endswith("the cap is 5.00 MiB") for text in first.values())
+
+
+def test_levels_and_ways_go_by_segments_and_devices_are_asked_under_them(tmp_path: Path) -> None:
+    fleet = {"devices": DEVICES, "memory_cap_mib": [8.0, 6.0, 4.0], "accounting": "cuda_segments"}
+    changes = {"fleet": fleet, "method": {"name": "heterofl"}, "select": {"name": "power_of_choice"}}
+    config = config_of(tmp_path, **changes, train=SECTIONS["train"] | {"fit": "auto"})
+    assert main(["run", str(config), "--run-dir", str(tmp_path / "run")]) == 0
+    seen = set()
+    for record in rounds_of(tmp_path / "run"):
+        assert record["failed"] == {}
+        for device, peak in record["peak_memory_mib"].items():
+            cap = record["cap_mib"][device]
+            seen.add((cap, record["level"][device], record["way"][device]))
+            assert peak <= cap
+    assert seen == {(8.0, 4, "whole"), (6.0, 4, "recompute"), (4.0, 3, "whole")}
