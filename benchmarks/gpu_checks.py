@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from gpu_runs import Setting, bits, kills, last_line, shown, study
+from gpu_segments import segments
 from gpu_speed import speed
 from gpu_table import Row, print_row, run_limited
 
@@ -163,7 +164,7 @@ def reserved(device: torch.device) -> int:
 
 
 CHECKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    each.__name__: each for each in (machine, caps, bits, kills, speed, study)
+    each.__name__: each for each in (machine, caps, segments, bits, kills, speed, study)
 }
 
 

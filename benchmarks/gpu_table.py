@@ -62,6 +62,7 @@ class Check:
 CHECKS = (
     Check("machine", 120),
     Check("caps", 100),
+    Check("segments", 60),
     Check("kills", 90, 30),
     Check("bits", 150, 40),
     Check("speed", 240, 40),

@@ -129,6 +129,14 @@ CONFIGURATIONS = {
         ("no device holds stage", "MiB at batch 16, the largest cap is 0.05 MiB", "raise fleet.memory_cap_mib"),
         ("--method.name=fedepth", "--fleet.memory_cap_mib=0.05"),
     ),
+    "segments of pieces": Bad(
+        ("fleet.accounting: cuda_segments follows one stage a round", "use fleet.accounting=tensor_bytes"),
+        ("--method.name=fedepth", "--fleet.accounting=cuda_segments"),
+    ),
+    "segments of streamed blocks": Bad(
+        ("fleet.accounting: cuda_segments counts devices", "there is no train.prefix=streamed"),
+        ("--train.prefix=streamed", "--fleet.accounting=cuda_segments"),
+    ),
     "features of pieces that train": Bad(
         ("train.prefix: stored is of no use to fedepth", "use train.prefix=recomputed"),
         ("--method.name=fedepth", "--train.prefix=stored"),

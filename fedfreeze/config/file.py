@@ -394,6 +394,11 @@ def _check_rules(config: Config) -> None:
             f"train.prefix: a device cannot store the features of data.augment={config.data.augment}, which has no end "
             "of views; set data.views, as in data.views=4"
         )
+    if config.train.prefix != "recomputed" and config.fleet.accounting == "cuda_segments":
+        raise ConfigError(
+            f"fleet.accounting: cuda_segments counts devices as on a GPU, where there is no train.prefix="
+            f"{config.train.prefix}; use train.prefix=recomputed or fleet.accounting=tensor_bytes"
+        )
     select = config.select
     if select.signature_devices is not None and select.signature_devices <= select.neighbours:
         raise ConfigError(

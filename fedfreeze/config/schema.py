@@ -184,6 +184,9 @@ class FleetConfig:
     """Emulated seconds after which a device's availability repeats; it starts anywhere in the period."""
     enforce: bool = True
     """Whether the caps hold. False emulates devices without a memory limit: all may train, nothing is capped."""
+    accounting: Literal["tensor_bytes", "cuda_segments"] = "tensor_bytes"
+    """What a cap holds where ranks compute on CPUs: live tensor bytes, or the segments that torch's allocator would
+    reserve for them on a GPU (docs/caps.md). On GPUs it changes nothing: there the allocator itself is held. [ours]"""
 
 
 @dataclass(kw_only=True, frozen=True, config=_STRICT)

@@ -106,7 +106,7 @@ class Asker:
                     self.probe.ask(memory, self.kind, plain_batches(self.data, samples[:length], length, self.device))
             except DeviceOutOfMemoryError:
                 return False
-            self.peaks[(*self.kind, length)] = memory.tensor_peak_bytes
+            self.peaks[(*self.kind, length)] = memory.peak_bytes
         return True
 
     def _by_one_pass(self, rows: Sequence[np.ndarray], caps: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:

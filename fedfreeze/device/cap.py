@@ -4,12 +4,13 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fedfreeze.network.stage import LocalTrainer
 from fedfreeze.units import MIB
 
 GRANULE_BYTES = 512  # CUDA's caching allocator rounds every request up to this; counting so keeps both comparable
@@ -27,6 +28,19 @@ class DeviceOutOfMemoryError(torch.OutOfMemoryError):
         )
 
 
+class StorageListener(Protocol):
+    """Is told of each storage that a counter sees, in the order in which they come and go."""
+
+    def created(self, key: int, size_bytes: int) -> None:
+        """A storage of so many bytes, not rounded, is there; `key` is its own until it is freed."""
+
+    def freed(self, key: int) -> None:
+        """A storage is gone. Must not raise: it is called while Python lets go of it."""
+
+    def check(self, operation: str) -> None:
+        """An operation has ended. May raise DeviceOutOfMemoryError."""
+
+
 class TensorByteCounter(TorchDispatchMode):
     """Counts the bytes of live tensor storages that were adopted or created inside, and raises above a cap.
 
@@ -35,9 +49,10 @@ class TensorByteCounter(TorchDispatchMode):
     kernels' scratch memory and the interpreter.
     """
 
-    def __init__(self, cap_bytes: int | None = None):
+    def __init__(self, cap_bytes: int | None = None, listener: StorageListener | None = None):
         super().__init__()
         self.cap_bytes = cap_bytes
+        self.listener = listener
         self.live_bytes = 0
         self.peak_bytes = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
@@ -78,14 +93,20 @@ class TensorByteCounter(TorchDispatchMode):
         def freed(_: Any, key: int = key, size: int = size) -> None:
             if self._alive.pop(key, None) is not None:
                 self.live_bytes -= size
+                if self.listener is not None:
+                    self.listener.freed(key)
 
         self._alive[key] = weakref.ref(storage, freed)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self.listener is not None:
+            self.listener.created(key, storage.nbytes())
 
     def _check(self, operation: str) -> None:
         if self.cap_bytes is not None and self.live_bytes > self.cap_bytes:
             raise DeviceOutOfMemoryError(operation, self.live_bytes, self.cap_bytes)
+        if self.listener is not None:
+            self.listener.check(operation)
 
 
 def count_peak(step: Callable[[], Any], held: Iterable[torch.Tensor], cap_bytes: int | None = None) -> int:
@@ -128,6 +149,10 @@ class MemoryCap(ABC):
     @abstractmethod
     def begin_stage(self) -> None:
         """Note what the process holds before any tensor of the stage's device is made; it comes on top of each cap."""
+
+    def holds(self, trainer: LocalTrainer) -> None:
+        """Note what the devices that follow hold between steps, where what is counted does not tell. [nothing here]"""
+        return
 
     @contextmanager
     def on_top(self) -> Iterator[None]:
@@ -184,19 +209,24 @@ class CountedCap(MemoryCap):
         """See MemoryCap. On CPU only what a step adopts is counted, so there is nothing to note."""
 
 
-def enforcer_name(device: torch.device) -> str:
+def enforcer_name(device: torch.device, accounting: str = "tensor_bytes") -> str:
     """Return what holds devices to their caps on a compute device, as summary.json says it."""
-    return _enforcer(device).name
+    return _enforcer(device, accounting).name
 
 
-def make_cap(device: torch.device) -> MemoryCap:
-    """Return the enforcer for a compute device."""
-    return _enforcer(device)(device)
+def make_cap(device: torch.device, accounting: str = "tensor_bytes") -> MemoryCap:
+    """Return the enforcer for a compute device; `accounting`: `fleet.accounting`, which counts on a CPU alone."""
+    return _enforcer(device, accounting)(device)
 
 
-def _enforcer(device: torch.device) -> type[MemoryCap]:
-    if device.type == "cpu":
-        return CountedCap
-    from fedfreeze.device.cuda_cap import CudaFractionCap  # here: it builds on what stands above
+def _enforcer(device: torch.device, accounting: str) -> type[MemoryCap]:
+    # imported here: they build on what stands above
+    if device.type != "cpu":
+        from fedfreeze.device.cuda_cap import CudaFractionCap
 
-    return CudaFractionCap
+        return CudaFractionCap
+    if accounting == "cuda_segments":
+        from fedfreeze.device.segment_cap import SegmentCap
+
+        return SegmentCap
+    return CountedCap

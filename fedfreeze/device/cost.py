@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from fedfreeze.config.schema import Config, ModelConfig, TrainConfig
 from fedfreeze.config.ways import WHOLE, Way, ways_of
 from fedfreeze.device.cap import count_peak
 from fedfreeze.device.flops import count_flops
+from fedfreeze.device.reserved import predicted
 from fedfreeze.errors import ConfigError
 from fedfreeze.methods import Method, full_model_stage, make_method, method_class
 from fedfreeze.network.blocks import BlockedNetwork, build_network
@@ -42,6 +43,15 @@ class WayCost:
     """Peak of live tensor bytes: weights, gradients, momentum, activations, batch."""
     step_flops: int
     """Floating-point operations, frozen forward included (torch's counter: 2 a multiply-add)."""
+    reserved_bytes: int | None = None
+    """What a device's first steps would reserve on a GPU, predicted (reserved.py); None: it was not asked for."""
+    by_segments: bool = False
+    """Whether that is what a cap holds (`fleet.accounting`)."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """What a cap must hold."""
+        return self.memory_bytes if self.reserved_bytes is None or not self.by_segments else self.reserved_bytes
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,8 @@ class StageCost:
 
     @property
     def memory_bytes(self) -> int:
-        """Peak of live tensor bytes in one training step, by the first way."""
-        return self.ways[0].memory_bytes
+        """What a cap must hold for training by the first way: peak of live tensor bytes, or reserved bytes."""
+        return self.ways[0].needed_bytes
 
     @property
     def step_flops(self) -> int:
@@ -82,14 +92,14 @@ class StageCost:
     @property
     def least_bytes(self) -> int:
         """The same by the way that needs least memory: what a device needs to join."""
-        return min(way.memory_bytes for way in self.ways)
+        return min(way.needed_bytes for way in self.ways)
 
     def way_for(self, cap_bytes: int | None) -> int:
         """Return which way a device takes: the first that its cap holds; where it holds none, that of least memory."""
         for number, way in enumerate(self.ways):
-            if cap_bytes is None or way.memory_bytes <= cap_bytes:
+            if cap_bytes is None or way.needed_bytes <= cap_bytes:
                 return number
-        return min(range(len(self.ways)), key=lambda number: self.ways[number].memory_bytes)
+        return min(range(len(self.ways)), key=lambda number: self.ways[number].needed_bytes)
 
     @property
     def bytes_up(self) -> int:
@@ -137,29 +147,49 @@ def measure_costs(
     num_classes: int,
     fitted: dict[str, Any] | None = None,
     values: bool | None = None,
+    *,
+    reserved: bool = False,
 ) -> Costs:
     """Predict the cost of every stage and of the full model; nothing is trained.
 
     `values`: True runs steps on tensors that have values, False on such that have a shape only, which allocates
     nothing; None: whichever is quicker. The result is the same. A network that branches on values has them in any case.
-    `fitted` is what `fit_method` returned. Raises ConfigError for a batch that the network's normalisation layers
-    cannot take.
+    `fitted` is what `fit_method` returned. `reserved`: with what each way would reserve on a GPU, as is the case where
+    caps go by that (`fleet.accounting`). Raises ConfigError for a batch that the network's normalisation layers cannot
+    take.
     """
     with _batch_told(config, image_shape):
         if values is None:
             values = _is_small(config, image_shape, num_classes)
-        return _measured(lambda: _measure(config, image_shape, num_classes, fitted or {}), values)
+        reserved = reserved or config.fleet.accounting == "cuda_segments"
+        as_laid = laid_as_on_gpu(config) if reserved else config
+        return _measured(lambda: _measure(as_laid, image_shape, num_classes, fitted or {}, reserved), values)
+
+
+def laid_as_on_gpu(config: Config) -> Config:
+    """Return the configuration whose network lies in memory as where GPUs compute."""
+    if config.model.memory_format != "auto":
+        return config
+    # what GPUs gain by another layout has not been measured
+    return replace(config, model=replace(config.model, memory_format="contiguous"))
+
+
+def chunked_as_on_gpu(train: TrainConfig) -> TrainConfig:
+    """Return the settings by which a batch goes through frozen blocks as where GPUs compute (`train.prefix_chunk`)."""
+    return replace(train, prefix_chunk=None) if train.prefix_chunk == "auto" else train
 
 
 def fit_method(config: Config, image_shape: ImageShape, num_classes: int, caps: Sequence[int | None]) -> dict[str, Any]:
     """Return what the method makes of the fleet's caps, as plain values (Method.fit). Raises ConfigError."""
+    if config.fleet.accounting == "cuda_segments":
+        config = laid_as_on_gpu(config)
     is_small = cache(partial(_is_small, config, image_shape, num_classes))
 
     def level_memory(model: ModelConfig) -> list[int]:
         def measure() -> list[int]:
             blocked = build_network(model, image_shape, num_classes, config.seed)
             method = make_method(config, blocked)
-            return [least_memory(stage, config.train, image_shape) for stage in _levels(config, method, 0)]
+            return [least_needed(stage, config, image_shape) for stage in _levels(config, method, 0)]
 
         return _measured(measure, is_small())
 
@@ -211,17 +241,20 @@ def _measured(measure: Callable[[], T], values: bool) -> T:
         return measure()
 
 
-def _measure(config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any]) -> Costs:
+def _measure(
+    config: Config, image_shape: ImageShape, num_classes: int, fitted: dict[str, Any], reserved: bool
+) -> Costs:
     model = method_class(config).network(config.model, fitted)
     blocked = build_network(model, image_shape, num_classes, config.seed)
     method = make_method(config, blocked, fitted)
     found = []
     for index in range(method.num_stages):
         stages = enumerate(_levels(config, method, index))
-        found.append(tuple(_stage_cost(config, method.level_name(index, i), stage, image_shape) for i, stage in stages))
+        names = partial(method.level_name, index)
+        found.append(tuple(_stage_cost(config, names(i), stage, image_shape, reserved) for i, stage in stages))
     if model != config.model:
         blocked = build_network(config.model, image_shape, num_classes, config.seed)
-    full = _full_cost(config, blocked, image_shape)
+    full = _full_cost(config, blocked, image_shape, reserved)
     return Costs(tuple(found), full)
 
 
@@ -259,14 +292,14 @@ def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape) -> StageCost:
+def _full_cost(config: Config, blocked: BlockedNetwork, image_shape: ImageShape, reserved: bool) -> StageCost:
     stage = full_model_stage(blocked, torch.device("cpu"))
-    return _stage_cost(config, "full model", stage, image_shape)
+    return _stage_cost(config, "full model", stage, image_shape, reserved)
 
 
-def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape) -> StageCost:
+def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape, reserved: bool) -> StageCost:
     with own_code("model.factory", config.model.factory or ""):
-        ways = tuple(_way_cost(config, way, stage, image_shape) for way in ways_of(config.train.fit))
+        ways = tuple(_way_cost(config, way, stage, image_shape, reserved) for way in ways_of(config.train.fit))
         trainer, images, _ = _one_step(stage, config.train, image_shape)
         frozen_flops = sum(count_flops(lambda: trainer.frozen_forward(images)) for _ in trainer.pieces())
         features = stage.frozen_forward(images).numel() * FLOAT_BYTES // len(images) if len(stage.frozen) else 0
@@ -287,17 +320,29 @@ def _stage_cost(config: Config, name: str, stage: Stage, image_shape: ImageShape
     )
 
 
-def _way_cost(config: Config, way: Way, stage: Stage, image_shape: ImageShape) -> WayCost:
-    memory = step_memory(stage, config.train, image_shape, way)
+def _way_cost(config: Config, way: Way, stage: Stage, image_shape: ImageShape, reserved: bool) -> WayCost:
+    memory = reserved_bytes = None
+    if reserved and config.train.prefix == "recomputed":  # the others are on CPUs only
+        memory, reserved_bytes = predicted(stage, chunked_as_on_gpu(config.train), image_shape, way)
+    if memory is None or (config.fleet.accounting == "tensor_bytes" and len(stage.frozen)):
+        memory = step_memory(stage, config.train, image_shape, way)
     trainer, images, labels = _one_step(stage, config.train, image_shape)
     trainer.go(way)
     flops = sum(count_flops(lambda: trainer.step(images, labels)) for _ in trainer.pieces())
-    return WayCost(way, memory, flops)
+    return WayCost(way, memory, flops, reserved_bytes, config.fleet.accounting == "cuda_segments")
 
 
 def least_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape) -> int:
     """Return `step_memory` by that of the ways of `train.fit` that needs least."""
     return min(step_memory(stage, train, image_shape, way) for way in ways_of(train.fit))
+
+
+def least_needed(stage: Stage, config: Config, image_shape: ImageShape) -> int:
+    """Return what a cap must hold by the way that needs least: `least_memory`, or what is reserved by it."""
+    if config.fleet.accounting == "tensor_bytes":
+        return least_memory(stage, config.train, image_shape)
+    train = chunked_as_on_gpu(config.train)
+    return min(predicted(stage, train, image_shape, way)[1] for way in ways_of(config.train.fit))
 
 
 def step_memory(stage: Stage, train: TrainConfig, image_shape: ImageShape, way: Way = WHOLE) -> int:

@@ -13,6 +13,7 @@ from fedfreeze.data.batches import drawn_in_round, plain_batches, training_batch
 from fedfreeze.data.store import Data
 from fedfreeze.device.asking import Asker, samples_stay_apart
 from fedfreeze.device.cap import DeviceMemory, DeviceOutOfMemoryError, make_cap
+from fedfreeze.device.cost import chunked_as_on_gpu
 from fedfreeze.device.evaluation import count_correct, evaluated_rows
 from fedfreeze.device.features import FeatureBatch, FrozenFeatures, why_not_kept
 from fedfreeze.device.late import LateReport, Outcome, sum_late, told_later
@@ -48,7 +49,7 @@ class Emulator:
         self.parts = parts
         self.method = method
         self.device = device
-        self.cap = make_cap(device)
+        self.cap = make_cap(device, config.fleet.accounting)
         self.in_stage = False
         self.peaks_asked: dict[Hashable, int] = {}
         """Bytes that a device's answer needs, of the kinds counted before."""
@@ -128,7 +129,9 @@ class Emulator:
 
     def _train_with(self, level: int, part: Stage) -> None:
         self.level, self.part = level, part
-        self.trainer = part.trainer(self.config.train)
+        by_segments = self.config.fleet.accounting == "cuda_segments"
+        self.trainer = part.trainer(chunked_as_on_gpu(self.config.train) if by_segments else self.config.train)
+        self.cap.holds(self.trainer)
 
     def _drop_part(self) -> None:
         if self.level is not None:

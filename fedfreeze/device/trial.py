@@ -16,7 +16,7 @@ from fedfreeze.config.ways import WHOLE, Way, ways_of
 from fedfreeze.data.batches import drawn_once, training_batches
 from fedfreeze.data.store import Data, Split
 from fedfreeze.device.cap import DeviceMemory, MemoryCap, make_cap
-from fedfreeze.device.cost import Costs, StageCost, trained_stage
+from fedfreeze.device.cost import Costs, StageCost, laid_as_on_gpu, trained_stage
 from fedfreeze.device.on_gpu import held_for, warm_up
 from fedfreeze.errors import ConfigError, UnavailableError
 from fedfreeze.methods import full_model_stage, make_method, method_class
@@ -31,10 +31,16 @@ _NO_KERNEL = " does not have a deterministic implementation"
 
 def model_on(config: Config, fitted: dict[str, Any], device: torch.device) -> ModelConfig:
     """Return the configuration of the network that is built where `device` computes."""
-    model = method_class(config).network(config.model, fitted)
-    if model.memory_format == "auto" and device.type != "cpu":
-        return replace(model, memory_format="contiguous")  # what GPUs gain by it has not been measured
-    return model
+    if device.type != "cpu" or config.fleet.accounting == "cuda_segments":
+        config = laid_as_on_gpu(config)
+    return method_class(config).network(config.model, fitted)
+
+
+def config_on(config: Config, device: torch.device) -> Config:
+    """Return the configuration by which devices are counted where `device` computes: a GPU's own allocator counts."""
+    if device.type == "cpu":
+        return config
+    return replace(config, fleet=replace(config.fleet, accounting="tensor_bytes"))
 
 
 def with_reserved(
@@ -86,6 +92,7 @@ class StageTrial:
         self.stage, self.config, self.data, self.cap, self.device = stage, config, data, cap, device
         self.rows = np.arange(len(data.train))
         self.trainer = stage.trainer(config.train)
+        cap.holds(self.trainer)
         with cap.on_top(), own_code("model.factory", config.model.factory or ""), repeatable(stage, config):
             self.held = held_for(stage, config, data, [self.rows], device, counted=False)
             self.values = self.held.put("values", stage.flat.values())

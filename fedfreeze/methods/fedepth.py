@@ -96,6 +96,11 @@ class FeDepth(Method):
                 "train.prefix: stored is of no use to fedepth, whose frozen pieces have trained in the same round; use "
                 "train.prefix=recomputed"
             )
+        if config.fleet.accounting == "cuda_segments":
+            raise ConfigError(
+                "fleet.accounting: cuda_segments follows one stage a round, and a device of fedepth trains piece by "
+                "piece; use fleet.accounting=tensor_bytes"
+            )
         self.stage_names = ("by pieces",)
         self.skips = [skip_behind(shape, blocked.shapes[-1]) for shape in blocked.shapes]
 

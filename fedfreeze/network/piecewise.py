@@ -159,7 +159,8 @@ class PiecewiseTrainer(LocalTrainer):
         self._at_work = 0
 
     @property
-    def _piece(self) -> LocalTrainer:
+    def at_work(self) -> LocalTrainer:
+        """See LocalTrainer."""
         return self._made[self._at_work][0]
 
     def begin(self, values: torch.Tensor, learning_rate: float, way: Way = WHOLE) -> None:
@@ -185,9 +186,9 @@ class PiecewiseTrainer(LocalTrainer):
                 self._made[number] = made.trainer(self.config), spans_in(made.flat, self.stage.flat)
                 del made
             spans = self._made[number][1]
-            self._piece.begin(self.stage.give(self._piece.stage, spans), self.learning_rate, self.way)
+            self.at_work.begin(self.stage.give(self.at_work.stage, spans), self.learning_rate, self.way)
             yield number
-            self.stage.take(self._piece.stage, spans)
+            self.stage.take(self.at_work.stage, spans)
             self._let_go()
 
     def _let_go(self) -> None:
@@ -196,11 +197,11 @@ class PiecewiseTrainer(LocalTrainer):
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See LocalTrainer."""
-        return self._piece.step(images, labels)
+        return self.at_work.step(images, labels)
 
     def counted_step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See LocalTrainer."""
-        return self._piece.counted_step(images, labels)
+        return self.at_work.counted_step(images, labels)
 
     def drop_gradients(self) -> None:
         """See LocalTrainer."""
@@ -210,12 +211,12 @@ class PiecewiseTrainer(LocalTrainer):
 
     def held_tensors(self) -> list[torch.Tensor]:
         """See LocalTrainer. What the piece at work holds."""
-        return self._piece.held_tensors()
+        return self.at_work.held_tensors()
 
     def held_behind(self) -> list[torch.Tensor]:
         """See LocalTrainer."""
-        return self._piece.held_behind()
+        return self.at_work.held_behind()
 
     def frozen_forward(self, images: torch.Tensor) -> torch.Tensor | None:
         """See LocalTrainer."""
-        return self._piece.frozen_forward(images)
+        return self.at_work.frozen_forward(images)

@@ -341,6 +341,11 @@ class LocalTrainer:
         self.way = way
         self.stage.recompute_level = way.recompute_level
 
+    @property
+    def at_work(self) -> "LocalTrainer":
+        """What trains the piece that was yielded last. [all of the stage is one]"""
+        return self
+
     def pieces(self) -> Iterator[int]:
         """Yield the number of each piece that a device trains in a round, one after the other, all its epochs each.
 

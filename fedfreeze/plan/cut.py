@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedfreeze.config.schema import Config
-from fedfreeze.device.cost import Costs, fake_tensors, least_memory, measure_costs
+from fedfreeze.device.cost import Costs, fake_tensors, least_needed, measure_costs
 from fedfreeze.errors import ConfigError
 from fedfreeze.fleet.devices import Fleet
 from fedfreeze.methods import SmartFreeze, make_method
@@ -184,6 +184,6 @@ class _Search:
             config = with_split(one_block_a_stage(self.config), split or self.places[:1])
             method = SmartFreeze(config, blocked)
             stage = method.enter_stage(0 if begin == 0 else 1, torch.device("cpu"))
-            needed = least_memory(stage, self.config.train, self.image_shape)
+            needed = least_needed(stage, self.config, self.image_shape)
             method.leave_stage(stage)
         return needed

@@ -32,7 +32,7 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
     fleet = make_fleet(config.fleet, config.seed)
     fitted = fit_method(config, data.image_shape, data.num_classes, fleet.memory_cap_bytes)
     check_storable(config, data.image_shape, data.num_classes, fitted, torch.device("cpu"))
-    costs = measure_costs(config, data.image_shape, data.num_classes, fitted)
+    costs = measure_costs(config, data.image_shape, data.num_classes, fitted, reserved=True)
     rows = plan_rows(costs, fleet)
     parts = summarise(partition_of(data, config), data)
     views = config.data.view_count or 1
@@ -66,7 +66,7 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
     first = ", ".join(_time(stage["first_round_s_median"]) for stage in seconds)
     console.print(
         f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
-        f"peak: tensor bytes of one training step; {frozen}\n"
+        f"peak: tensor bytes of one training step; {_reserved_told(config, rows)}{frozen}\n"
         "up: what a device sends a round. Nothing was trained.\n"
         f"emulated time of a round, median device that can join (slowest), by stage:\n{times}\n"
         + (f"and of the first of each device, in which it stores, the median: {first}\n" if stores else "")
@@ -237,12 +237,15 @@ def _title(config: Config, data: Data, fleet: Fleet) -> str:
 
 def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
     """Return what the stages cost as a table for a terminal."""
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="underline", title_justify="left")
+    reserved = ["reserved"] if any(row["reserved_mib"] for row in rows) else []
+    several = len({row["way"] for row in rows}) > 1  # then there is no room for two of the columns at their widest
+    between = 1 if reserved else 2
+    table = Table(title=title, box=None, padding=(0, between, 0, 0), header_style="underline", title_justify="left")
     stores = any(row.get("flash_mib") for row in rows)
     once = "flash MiB" if stores else "frozen"
-    several = len({row["way"] for row in rows}) > 1  # then there is no room for two of the columns at their widest
-    ways, share, gflop = (["way"], [], "GFLOP") if several else ([], ["of full"], "GFLOP/step")
-    for heading in ("stage", "blocks", *ways, "peak MiB", *share, gflop, once, "up MiB", "eligible"):
+    ways, share = (["way"], []) if several else ([], ["of full"])
+    gflop = "GFLOP" if several or reserved else "GFLOP/step"
+    for heading in ("stage", "blocks", *ways, "peak MiB", *reserved, *share, gflop, once, "up MiB", "eligible"):
         table.add_column(heading, justify="left" if heading in ("blocks", "way") else "right", overflow="fold")
     before = None
     for row in rows:
@@ -252,6 +255,7 @@ def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
             "" if again else row["blocks"],
             *([row["way"]] if several else []),
             f"{row['memory_mib']:.2f}",
+            *([_mib(row["reserved_mib"])] if reserved else []),
             *([] if several else [f"{row['memory_share']:.0%}"]),
             f"{row['step_gflop'] - stores * row['frozen_gflop']:.2f}",
             f"{row['flash_mib']:.2f}" if stores else f"{row['frozen_gflop'] / row['step_gflop']:.0%}",
@@ -259,6 +263,19 @@ def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
             str(row["eligible"]),
         )
     return table
+
+
+def _reserved_told(config: Config, rows: list[dict[str, Any]]) -> str:
+    """Return what the column of reserved bytes says, a line; empty where there is none."""
+    if not any(row["reserved_mib"] for row in rows):
+        return ""
+    joins = ", by which they join" if config.fleet.accounting == "cuda_segments" else ""
+    return f"reserved: MiB that a GPU's\nallocator would reserve for them, predicted without workspaces{joins};\n"
+
+
+def _mib(reserved_mib: float | None) -> str:
+    """Return what is reserved, in whole segments."""
+    return "-" if reserved_mib is None else f"{reserved_mib:.0f}"
 
 
 def _stage_label(row: dict[str, Any]) -> str:
@@ -293,12 +310,13 @@ def _row(
         "blocks": cost.name,
         "way": way.way.name,
         "memory_mib": way.memory_bytes / MIB,
-        "memory_share": way.memory_bytes / full.memory_bytes,
+        "memory_share": way.memory_bytes / full.ways[0].memory_bytes,
+        "reserved_mib": None if way.reserved_bytes is None else way.reserved_bytes / MIB,
         "step_gflop": way.step_flops / 1e9,
         "frozen_gflop": cost.frozen_flops / 1e9,
         "upload_mib": cost.bytes_up / MIB,
         "frozen_mib": cost.frozen_elements * FLOAT_BYTES / MIB,
         "feature_kib": cost.feature_bytes / 1024,
         "elements_reduced": cost.trained_elements,
-        "eligible": len(fleet.eligible(way.memory_bytes)),
+        "eligible": len(fleet.eligible(way.needed_bytes)),
     }

@@ -21,7 +21,7 @@ from fedfreeze.device.cost import fit_method, measure_costs
 from fedfreeze.device.emulator import Emulator
 from fedfreeze.device.feature_store import check_folder
 from fedfreeze.device.features import check_storable
-from fedfreeze.device.trial import model_on, with_reserved
+from fedfreeze.device.trial import config_on, model_on, with_reserved
 from fedfreeze.errors import (
     ConfigError,
     DataError,
@@ -69,7 +69,7 @@ class Experiment:
         preemption: Preemption,
     ):
         """Collective: every rank must call this. Prepare data, devices, network and, on rank 0, the coordinator."""
-        self.config = config
+        self.config = config = config_on(config, device)
         self.folder = folder
         self.ranks = ranks
         self.reporter = reporter

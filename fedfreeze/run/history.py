@@ -45,7 +45,7 @@ class History:
             "transport": config.comm.transport,
             "backend": ranks.backend,
             "device": device_name(ranks.device),
-            "cap_enforcement": enforcer_name(ranks.device) if config.fleet.enforce else "none",
+            "cap_enforcement": enforcer_name(ranks.device, config.fleet.accounting) if config.fleet.enforce else "none",
             "seed": config.seed,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "slurm_restart": os.environ.get("SLURM_RESTART_COUNT"),

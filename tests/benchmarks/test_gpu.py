@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fedfreeze.units import MIB
+from tests.support.allocator_traces import TRACES
 from tests.support.checks import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -152,6 +155,25 @@ def test_a_cap_that_does_not_hold_is_found(setting, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu_checks.StageTrial, "train", lambda self, cap_bytes: usual(self, None))
     rows, _ = gpu_checks.caps_of_stage("resnet8", 8, 4, 0, torch.device("cpu"), hold=True)
     assert [row.passed for row in rows] == [True, True, False, False, True]
+
+
+def test_what_is_reserved_is_held_against_the_prediction(setting) -> None:
+    from gpu_segments import segments
+
+    rows = list(segments(setting))
+    assert [row.what.rpartition(" ")[2] for row in rows] == ["reserved"] * 3
+    assert all(row.passed for row in rows), rows
+
+
+def test_an_allocators_trace_is_held_against_model_and_prediction() -> None:
+    """As on a GPU, with what was recorded on one."""
+    from gpu_segments import held_against
+
+    trace = next(trace for trace in TRACES if trace.name == "smartfreeze/resnet18/64/128/layer2")
+    assert [row.passed for row in held_against("stage 2", trace, 260 * MIB)] == [True, True]
+    assert [row.passed for row in held_against("stage 2", trace, 262 * MIB)] == [True, False]
+    lost = replace(trace, actions=trace.actions[:100])
+    assert [row.passed for row in held_against("stage 2", lost, 260 * MIB)] == [False, False]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 
 import fedfreeze.device.cost as cost_model
 from fedfreeze.config.file import make_config
-from fedfreeze.config.ways import WHOLE, Way
+from fedfreeze.config.ways import WHOLE, Way, way_of
 from fedfreeze.device.cap import count_peak
-from fedfreeze.device.cost import measure_costs
+from fedfreeze.device.cost import Costs, WayCost, fit_method, measure_costs
 from fedfreeze.methods import full_model_stage, make_method
 from fedfreeze.network.blocks import build_network
 from fedfreeze.network.stage import LocalTrainer, Stage
@@ -135,7 +136,7 @@ def test_a_small_start_does_not_load_torchs_compiler() -> None:
 import sys
 import torch
 from fedfreeze.config.file import make_config
-from fedfreeze.device.cost import measure_costs
+from fedfreeze.device.cost import Costs, WayCost, fit_method, measure_costs
 measure_costs(make_config({"model": {"width": 4}, "train": {"batch_size": 4}}), (1, 8, 8), 10)
 sys.exit("torch._dynamo is loaded" if "torch._dynamo" in sys.modules else 0)
 """
@@ -257,3 +258,47 @@ def test_count_agrees_with_torchs_own_memory_tracker(model: str, method_name: st
         trainer.step(images, labels)
     tracked = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
     assert predicted == pytest.approx(tracked, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "fit"),
+    [("resnet8", 8, "auto"), pytest.param("vit", 8, "auto, micro(3)", marks=pytest.mark.slow)],
+)
+def test_reserved_bytes_come_beside_the_others_and_are_the_same_on_fake_tensors(
+    model: str, width: int, fit: str
+) -> None:
+    shape = (3, 16, 16)
+    values = {"model": {"name": model, "width": width}, "train": {"batch_size": 8, "fit": fit}}
+    plain = measure_costs(make_config(values), shape, 10)
+    predicted = [measure_costs(make_config(values), shape, 10, values=each, reserved=True) for each in (True, False)]
+    assert predicted[0] == predicted[1]
+    found = predicted[0]
+    for ours, theirs in zip((*found.stages, found.full), (*plain.stages, plain.full), strict=True):
+        assert all(way.reserved_bytes is None for way in theirs.ways)
+        bare = tuple(replace(way, reserved_bytes=None) for way in ours.ways)
+        assert replace(ours, ways=bare) == theirs
+        assert all(way.memory_bytes <= (way.reserved_bytes or 0) for way in ours.ways)
+        assert ours.least_bytes == theirs.least_bytes  # tensors decide, unless the configuration says else
+
+
+def test_by_segments_a_cap_must_hold_what_is_reserved() -> None:
+    ways = (WayCost(WHOLE, 9, 1, 40, True), WayCost(way_of("recompute"), 5, 1, 30, True))
+    cost = replace(measure_costs(make_config({"model": {"width": 4}}), (1, 8, 8), 10).stages[0], ways=ways)
+    assert (cost.memory_bytes, cost.least_bytes) == (40, 30)
+    assert [cost.way_for(cap) for cap in (None, 40, 39, 30, 29)] == [0, 0, 1, 1, 1]
+    costs = Costs(((cost, replace(cost, ways=(replace(ways[0], reserved_bytes=50),))),), cost)
+    assert costs.needed_bytes == (30,)
+    assert [costs.level_of(0, cap) for cap in (None, 50, 49, 30, 20)] == [1, 1, 0, 0, 0]
+
+
+def test_methods_that_fit_the_caps_fit_what_is_reserved() -> None:
+    """The smallest cap holds the width that is chosen, by whichever is counted."""
+    widths = {}
+    for accounting in ("tensor_bytes", "cuda_segments"):
+        values = {"model": {"width": 16}, "method": {"name": "allsmall"}, "fleet": {"accounting": accounting}}
+        config = make_config(values | {"train": {"batch_size": 32}})
+        caps = [6 * 2**20]
+        fitted = fit_method(config, (3, 16, 16), 10, caps)
+        assert measure_costs(config, (3, 16, 16), 10, fitted).needed_bytes[0] <= caps[0]
+        widths[accounting] = fitted["width"]
+    assert widths["cuda_segments"] < widths["tensor_bytes"]

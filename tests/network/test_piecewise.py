@@ -39,7 +39,7 @@ def test_a_piece_changes_itself_and_the_head_and_what_follows_starts_there() -> 
     trainer.begin(stage.flat.values().clone(), 0.1)
     before = stage.flat.values().clone()
     for piece in trainer.pieces():
-        trained = trainer._piece.stage
+        trained = trainer.at_work.stage
         for slot in trained.flat.slots:
             there = paths[slot.path]
             assert torch.equal(trained.flat.buffer[slot.begin : slot.end], stage.flat.buffer[there.begin : there.end])
