@@ -57,17 +57,18 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
     every = min(len(fleet.eligible(needed)) for needed in costs.needed_bytes)
     samples, labels = parts.samples, parts.labels
     frozen = (
-        "flash: what the device with most samples stores of\n"
-        f"its frozen blocks, which it runs once a stage for {views} view{'s' * (views > 1)} of each sample;"
+        "flash: what the device with most samples stores of its frozen blocks, which it\n"
+        f"runs once a stage for {views} view{'s' * (views > 1)} of each sample\n"
         if stores
-        else "frozen: share of a step's FLOPs\nspent in the frozen prefix;"
+        else "frozen: share of a step's FLOPs spent in the frozen prefix\n"
     )
     times = ", ".join(f"{_time(stage['round_s_median'])} ({_time(stage['round_s_slowest'])})" for stage in seconds)
     first = ", ".join(_time(stage["first_round_s_median"]) for stage in seconds)
+    left_out = "ways that need no less than one before are left out\n" if len(worth_a_line(rows)) < len(rows) else ""
     console.print(
         f"{every} of {len(fleet)} devices can join every stage, {rows[-1]['eligible']} could hold the full model.\n"
-        f"peak: tensor bytes of one training step; {_reserved_told(config, rows)}{frozen}\n"
-        "up: what a device sends a round. Nothing was trained.\n"
+        f"peak: tensor bytes of one training step\n{_reserved_told(config, rows)}{frozen}"
+        f"up: what a device sends a round\n{left_out}nothing was trained\n"
         f"emulated time of a round, median device that can join (slowest), by stage:\n{times}\n"
         + (f"and of the first of each device, in which it stores, the median: {first}\n" if stores else "")
         + f"samples a device: {samples.min()} to {samples.max()}, mean {samples.mean():.1f}{too_few}; "
@@ -248,7 +249,7 @@ def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
     for heading in ("stage", "blocks", *ways, "peak MiB", *reserved, *share, gflop, once, "up MiB", "eligible"):
         table.add_column(heading, justify="left" if heading in ("blocks", "way") else "right", overflow="fold")
     before = None
-    for row in rows:
+    for row in worth_a_line(rows):
         again, before = before == (row["stage"], row["level"]), (row["stage"], row["level"])
         table.add_row(
             "" if again else _stage_label(row),
@@ -265,12 +266,23 @@ def stage_table(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def worth_a_line(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows but for ways that need no less than one before them: no device ever takes these."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        before = [each for each in found if (each["stage"], each["level"]) == (row["stage"], row["level"])]
+        needs = [name for name in ("memory_mib", "reserved_mib") if row[name] is not None]
+        if not before or any(row[name] < min(each[name] for each in before) for name in needs):
+            found.append(row)
+    return found
+
+
 def _reserved_told(config: Config, rows: list[dict[str, Any]]) -> str:
     """Return what the column of reserved bytes says, a line; empty where there is none."""
     if not any(row["reserved_mib"] for row in rows):
         return ""
     joins = ", by which they join" if config.fleet.accounting == "cuda_segments" else ""
-    return f"reserved: MiB that a GPU's\nallocator would reserve for them, predicted without workspaces{joins};\n"
+    return f"reserved: MiB that a GPU's allocator would reserve, predicted without workspaces{joins}\n"
 
 
 def _mib(reserved_mib: float | None) -> str:
