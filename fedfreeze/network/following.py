@@ -1,7 +1,8 @@
 """Follows a network's forward: runs it on a few images of two sizes of the batch, and joins what it calls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,27 +18,33 @@ from fedfreeze.seeds import global_seed
 BATCH_SIZES = (2, 4)
 
 
-def follow(
-    network: nn.Module,
-    image_shape: Sequence[int],
-    device: torch.device | None = None,
-    modes: Sequence[bool] = (True, False),
-) -> dict[bool, Followed]:
+def follow(network: nn.Module, image_shape: tuple[int, int, int]) -> dict[bool, Followed]:
     """Return what the forward of a network calls in training (True) and in evaluation (False).
 
     Plain Sequentials are gone into; any other module is one call, with what it calls in turn where that can be told
     (Step.inside). The network is left as it was. Raises UnfollowedError, and whatever the forward raises.
     """
     followed = {}
-    for mode in modes:
-        recordings = []
-        for size in BATCH_SIZES:
-            # no pass may see what another left in the buffers
-            with untouched(network), global_seed(0, "following"), torch.enable_grad():
-                network.train(mode)
-                recordings.append(Recorder(network).record(torch.rand(size, *image_shape, device=device)))
+    for mode in (True, False):
+        recordings = [_recorded(network, mode, partial(torch.rand, size, *image_shape)) for size in BATCH_SIZES]
         followed[mode] = _joined(*recordings)
     return followed
+
+
+def follow_at(network: nn.Module, x: torch.Tensor) -> Followed:
+    """Return what a forward calls in training on a batch of one size, and of what comes in one shape. See `follow`."""
+    followed = _joined(*(_recorded(network, True, lambda: x) for _ in range(2)))
+    for step in followed.steps:
+        if any(isinstance(read, OfBatch) for read in step.reads()):
+            raise UnfollowedError(f"{step.label} at {step.where} takes a number that is made anew in each pass")
+    return followed
+
+
+def _recorded(network: nn.Module, mode: bool, make_images: Callable[[], torch.Tensor]) -> Recording:
+    # no pass may see what another left in the buffers
+    with untouched(network), global_seed(0, "following"), torch.enable_grad():
+        network.train(mode)
+        return Recorder(network).record(make_images())
 
 
 def _joined(small: Recording, large: Recording) -> Followed:

@@ -30,13 +30,14 @@ class Segment:
         self.trains = any(parameter.requires_grad for parameter in self.modules.parameters())
         # what moves statistics of another kind may read them: it runs once more, and so all together
         self.within = within and not _kept_buffers(self.modules).values
-        self._plan: Plan | None = None
+        self._plans: dict[torch.Size, Plan] = {}
 
     def plan(self, x: torch.Tensor) -> Plan:
-        """Return its steps, given what goes in."""
-        if self._plan is None:
-            self._plan = plan_of(list(self.modules), x.shape[1:], self.within)
-        return self._plan
+        """Return its steps, given what goes in: calls inside of a module may go by the size of the batch."""
+        plan = self._plans.get(x.shape)
+        if plan is None:
+            plan = self._plans[x.shape] = plan_of(list(self.modules), x.shape, self.within)
+        return plan
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map what goes in, which stays as it is, to what comes out."""

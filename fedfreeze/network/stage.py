@@ -109,7 +109,7 @@ class Stage(nn.Module):
         to_logits: bool,
         again: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        if self.recompute_level == 0 or not torch.is_grad_enabled():
+        if self.recompute_level == 0 or not self.training or not torch.is_grad_enabled():
             for part in parts:
                 x = part(x)
             return x

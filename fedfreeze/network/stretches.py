@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedfreeze.network.following import follow
+from fedfreeze.network.following import follow_at
 from fedfreeze.network.program import Called, Held, OfImages, Program, Region, Step, Value, mapped
 from fedfreeze.network.recording import is_plain_sequential
 from fedfreeze.network.state import tensors_by_name
@@ -53,25 +53,25 @@ class Plan:
         return found
 
 
-def plan_of(modules: Sequence[nn.Module], sample_shape: Sequence[int], within: bool) -> Plan:
+def plan_of(modules: Sequence[nn.Module], shape: Sequence[int], within: bool) -> Plan:
     """Return modules that run one after the other as stretches: one; with `within` one for each layer with weights.
 
     With `within`, the forward of a module that has several layers is followed, such as a residual block's, so that a
-    stretch is a layer with the normalisation and activation behind it, and what joins shortcuts. `sample_shape`: that
-    of what comes in, without the batch. What cannot be followed is a step of its own.
+    stretch is a layer with the normalisation and activation behind it, and what joins shortcuts. `shape`: that of what
+    comes in, (batch, ...), for which alone the plan holds. What cannot be followed is a step of its own.
     """
     names = {str(number): module for number, module in enumerate(modules)}
     metas = _on_meta(names)
     steps: tuple[Step, ...] | None = None
     if metas is not None and within:
-        steps = _steps_within(metas, sample_shape)
+        steps = _steps_within(metas, shape)
     if steps is None:
         steps = tuple(_call(name, number) for number, name in enumerate(names))
     outgoing = steps[-1].outputs[-1] if steps else 0
     assert outgoing is not None
     kinds = _Kinds(_with_parameters(names, 2), _with_parameters(names, 1), _relus(names))
     cut = _cut(steps, outgoing, kinds) if within else [_stretch(steps, (), outgoing, kinds)]
-    writes = None if metas is None else _written(cut, metas, sample_shape)
+    writes = None if metas is None else _written(cut, metas, shape)
     if writes is None or any(len(each) > 1 for each in writes):  # nothing is known of it, or what writes is entangled
         whole = _stretch(steps, (), outgoing, kinds)
         return Plan(_region(steps, names), (replace(whole, writes=frozenset({0}), relu=None),), outgoing)
@@ -83,18 +83,18 @@ def _call(name: str, number: int) -> Step:
     return Step(name, None, (Value(number),), {}, (number + 1,), "")
 
 
-def _steps_within(metas: dict[str, nn.Module], sample_shape: Sequence[int]) -> tuple[Step, ...] | None:
+def _steps_within(metas: dict[str, nn.Module], shape: Sequence[int]) -> tuple[Step, ...] | None:
     """Return the steps inside of modules, each value with a number of its own; None where they are not known."""
     found: list[Step] = []
     last = 0
     numbers = 1
-    x = torch.empty(2, *sample_shape, device=_META)
+    x = torch.empty(*shape, device=_META)
     for name, module in metas.items():
         steps: Sequence[Step] = (_call("", 0),)
         incoming, outgoing = 0, 1
         if _is_composite(module):
             try:
-                followed = follow(module, x.shape[1:], _META, modes=(True,))[True]
+                followed = follow_at(module, x)
                 steps, outgoing = followed.steps, followed.outgoing
             except Exception:  # whatever a forward of a user's own does that cannot be followed: it is one step
                 steps = (_call("", 0),)
@@ -242,14 +242,12 @@ def _on_meta(names: dict[str, nn.Module]) -> dict[str, nn.Module] | None:
         return None
 
 
-def _written(
-    cut: Sequence[Stretch], metas: dict[str, nn.Module], sample_shape: Sequence[int]
-) -> list[frozenset[int]] | None:
+def _written(cut: Sequence[Stretch], metas: dict[str, nn.Module], shape: Sequence[int]) -> list[frozenset[int]] | None:
     """Return for each stretch which of the values that it takes it writes into; None where that is not known."""
     steps = tuple(step for stretch in cut for step in stretch.steps)
     region = _region(steps, metas)
-    batch = OfImages(2, _META)
-    values: dict[int, torch.Tensor] = {0: torch.empty(2, *sample_shape, device=_META)}
+    values: dict[int, torch.Tensor] = {0: torch.empty(*shape, device=_META)}
+    batch = OfImages(len(values[0]), _META)
     found = []
     try:
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """Segments in stretches: where they are cut, what each takes, gives and writes into."""
 
+import random
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -14,7 +16,7 @@ def labels(plan: Plan) -> list[list[str]]:
 
 
 def test_a_residual_block_is_cut_at_its_layers() -> None:
-    plan = plan_of([BasicBlock(4, 8, 2, "batch")], (4, 8, 8), within=True)
+    plan = plan_of([BasicBlock(4, 8, 2, "batch")], (5, 4, 8, 8), within=True)
     assert labels(plan) == [
         ["0.conv1", "0.norm1", "0.relu"],
         ["0.conv2", "0.norm2"],
@@ -31,13 +33,15 @@ def test_a_residual_block_is_cut_at_its_layers() -> None:
 
 
 def test_an_encoder_layer_is_cut_at_its_layers() -> None:
-    plan = plan_of([EncoderLayer(32)], (5, 32), within=True)
+    plan = plan_of([EncoderLayer(32)], (5, 7, 32), within=True)
     assert [stretch[0] for stretch in labels(plan)] == ["0.norm1", "0.qkv", "0.projection", "0.expand", "0.contract"]
     assert not any(stretch.writes for stretch in plan.stretches)
 
 
 def test_without_within_all_is_one_stretch() -> None:
-    plan = plan_of([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), BasicBlock(4, 4, 1, "batch")], (3, 8, 8), False)
+    plan = plan_of(
+        [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), BasicBlock(4, 4, 1, "batch")], (5, 3, 8, 8), False
+    )
     assert labels(plan) == [["0", "1", "2", "3"]]
 
 
@@ -54,7 +58,7 @@ class Tied(nn.Module):
 
 
 def test_what_shares_a_weight_stays_together() -> None:
-    plan = plan_of([Tied()], (4,), within=True)
+    plan = plan_of([Tied()], (5, 4), within=True)
     assert labels(plan) == [["0.outer", "0.inner", "relu", "0.outer"], ["0.alone"]]
 
 
@@ -74,20 +78,44 @@ class InPlace(nn.Module):
 
 
 def test_writing_into_what_comes_in_is_noted() -> None:
-    plan = plan_of([InPlace()], (4,), within=True)
+    plan = plan_of([InPlace()], (5, 4), within=True)
     assert [sorted(stretch.writes) for stretch in plan.stretches] == [[0], [], []]
 
 
 def test_what_cannot_be_known_is_one_stretch_that_may_write() -> None:
-    plan = plan_of([InPlace(asks=True)], (4,), within=True)
+    plan = plan_of([InPlace(asks=True)], (5, 4), within=True)
     assert [sorted(stretch.writes) for stretch in plan.stretches] == [[0]]
-    plan = plan_of([InPlace(asks=True)], (4,), within=False)
+    plan = plan_of([InPlace(asks=True)], (5, 4), within=False)
     assert [sorted(stretch.writes) for stretch in plan.stretches] == [[0]]
 
 
 def test_gradients_go_where_something_trains() -> None:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     first.requires_grad_(False)
-    plan = plan_of([first, second], (4,), within=True)
+    plan = plan_of([first, second], (5, 4), within=True)
     assert plan.trained(False) == {2}
     assert plan.trained(True) == {0, 1, 2}
+
+
+class Rows(nn.Module):
+    """A number that goes by the size of the batch, but not in proportion, and one that is drawn."""
+
+    def __init__(self, draws: bool) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.draws = draws
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = random.random() if self.draws else min(x.size(0), 6)
+        return self.other(self.one(x) * scale)
+
+
+def test_a_plan_holds_for_one_size_of_the_batch() -> None:
+    for size, scale in ((2, 2), (4, 4), (9, 6)):
+        plan = plan_of([Rows(draws=False)], (size, 4), within=True)
+        assert labels(plan) == [["0.one", "mul"], ["0.other"]]
+        assert plan.stretches[0].steps[1].args[1] == scale
+
+
+def test_numbers_that_are_drawn_are_not_taken_for_fixed_ones() -> None:
+    assert labels(plan_of([Rows(draws=True)], (5, 4), within=True)) == [["0"]]
