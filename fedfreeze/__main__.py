@@ -16,11 +16,12 @@ import signal
 def main() -> int:
     """Run the command line and return the exit code."""
     # a Ctrl-C during imports just ends the process: caught there, it can leave modules half imported
-    with contextlib.suppress(ValueError):  # no main thread, so no handlers
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _end_at_ctrl_c()
     from fedfreeze.cli import main as run
 
     code = run()
+    # and so it does while the interpreter ends, which would tell of it with a traceback
+    _end_at_ctrl_c()
     if code:
         # not through the exit handlers of torch and MPI, which would wait for a collective that never ends
         for stream in (sys.stdout, sys.stderr):
@@ -28,6 +29,11 @@ def main() -> int:
                 stream.flush()
         os._exit(code)
     return code
+
+
+def _end_at_ctrl_c() -> None:
+    with contextlib.suppress(ValueError):  # no main thread, so no handlers
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,14 @@ def test_the_signature_is_the_gradient_that_autograd_gives(index: int) -> None:
 
 @pytest.mark.parametrize(("model", "index"), [({"name": "resnet10", "width": 16}, 3), ({"width": 16}, 2)])
 def test_who_can_train_can_answer(model: dict, index: int) -> None:
-    """A device that stores features was to hold all of a stage at once to answer, and never did."""
-    for prefix in ("recomputed", "stored"):
+    """A device that stores features, or streams weights, never holds all of a stage at once to answer."""
+    for prefix in ("recomputed", "streamed", "stored"):
         config = make_config({"model": model, "train": {"prefix": prefix, "batch_size": 32}})
         cost = measure_costs(config, (3, 32, 32), 10).stages[index]
         stage = make_method(config, build_network(config.model, (3, 32, 32), 10, 0)).enter_stage(index, CPU)
         samples = [(torch.rand(32, 3, 32, 32), torch.arange(32) % 10)]
         cap = CountedCap()
-        probe = Probe(stage, cap, 10, 512, 0, stores=prefix == "stored")
+        probe = Probe(stage, cap, 10, 512, 0, prefix)
         with cap.device(cost.memory_bytes) as memory:
             row = probe.ask(memory, ("asked",), samples)
         assert memory.peak_bytes <= cost.memory_bytes
