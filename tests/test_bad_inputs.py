@@ -118,11 +118,13 @@ CONFIGURATIONS = {
         ("fleet.speed_gflops: device 0 has -1.0 GFLOP/s", "more than 0"), ("--fleet.speed_gflops=-1",)
     ),
     "unknown profile": Bad(("'phone' is no profile; did you mean phones?",), ("--fleet.profile=phone",)),
-    "deadline that nobody meets": Bad(
+    "segments where features are stored": Bad(
         ("fleet.accounting: cuda_segments counts devices", "train.prefix=recomputed"),
         ("--train.prefix=stored", "--fleet.accounting=cuda_segments"),
     ),
-    "XX": (("train.deadline_s: 1e-06 s is too short for stage", "fastest device"), ("--train.deadline_s=1e-6",)),
+    "deadline that nobody meets": Bad(
+        ("train.deadline_s: 1e-06 s is too short for stage", "fastest device"), ("--train.deadline_s=1e-6",)
+    ),
     "widths of a ViT": Bad(
         ("heterofl scales the channels of ResNets and VGGs, and model.name is vit",),
         ("--method.name=heterofl", "--model.name=vit", "--model.width=32"),
