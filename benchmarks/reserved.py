@@ -2,7 +2,8 @@
 
     python benchmarks/reserved.py [--batch 32 128] [--fit auto]
 
-The H200's figures are those of benchmarks/results/allocator_h200.json.gz: what it reserved, the same without workspaces
+The H200's figures are those of benchmarks/results/allocator_h200.json.gz, of steps that held all gradients to their
+end, which those predicted here do not: what it reserved, the same without workspaces
 (what an operation allocated and gave back at once), the largest of these, and the least cap under which the trace
 passes in the model. Below the table: what last batches of other sizes reserve.
 """
@@ -14,7 +15,7 @@ import torch
 from fedfreeze.config.file import make_config
 from fedfreeze.config.schema import Config
 from fedfreeze.device.cap import DeviceOutOfMemoryError
-from fedfreeze.device.cost import fake_tensors, measure_costs, trained_stage
+from fedfreeze.device.cost import chunked_as_on_gpu, fake_tensors, measure_costs, trained_stage
 from fedfreeze.device.reserved import DeviceSegments, Held, StepRecord, first_batches, step_record
 from fedfreeze.methods import make_method
 from fedfreeze.network.blocks import build_network
@@ -63,7 +64,7 @@ def last_batches(config: Config, index: int, reserved_bytes: int) -> str:
     with fake_tensors():
         method = make_method(config, build_network(config.model, SHAPE, CLASSES, 0))
         with trained_stage(config, method, index, 0, torch.device("cpu")) as stage:
-            trainer = LocalTrainer(stage, config.train)
+            trainer = LocalTrainer(stage, chunked_as_on_gpu(config.train))
             holds = Held(trainer)
             sizes = {*lasts, *first_batches(batch)}
             records = {samples: step_record(trainer, holds, samples, SHAPE) for samples in sizes}

@@ -173,10 +173,13 @@ def _with_parameters(names: dict[str, nn.Module], dimensions: int) -> set[str]:
 
 
 def _cut(steps: Sequence[Step], outgoing: int, kinds: _Kinds) -> list[Stretch]:
-    """Return stretches that begin at each step with weights; those that share a weight are one."""
+    """Return stretches that begin at each step with weights and behind each ReLU; those that share a weight are one.
+
+    Behind a ReLU, as the gradient before it can lie in the memory of that behind it where it is the last step.
+    """
     begins = [0]
     for number, step in enumerate(steps):
-        if number and _names_of([step]) & kinds.weighty:
+        if number and (_names_of([step]) & kinds.weighty or _is_relu(steps[number - 1], kinds.relus)):
             begins.append(number)
     parts = [list(steps[a:b]) for a, b in zip(begins, [*begins[1:], len(steps)], strict=True)]
     number = 0
@@ -204,12 +207,16 @@ def _stretch(steps: Sequence[Step], behind: Sequence[Step], outgoing: int, kinds
     return Stretch(tuple(steps), tuple(takes), tuple(gives), relu=_last_relu(steps, gives, kinds.relus))
 
 
+def _is_relu(step: Step, relus: set[str]) -> bool:
+    return step.function in _RELUS or step.module in relus
+
+
 def _last_relu(steps: Sequence[Step], gives: Sequence[int], relus: set[str]) -> tuple[int, int] | None:
     """Return what a last step takes and gives that is a ReLU and the only user of what it takes."""
     last = steps[-1] if len(steps) > 1 else None
     if last is None or last.kwargs or len(last.args) != 1 or not isinstance(last.args[0], Value):
         return None
-    if last.function not in _RELUS and last.module not in relus:
+    if not _is_relu(last, relus):
         return None
     taken, given = last.args[0].index, last.outputs[0]
     uses = sum(taken in step.values() for step in steps)
