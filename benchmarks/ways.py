@@ -83,7 +83,7 @@ def rows_of(model: str, batch: int) -> list[Row]:
             make_config({"model": {"name": model, "width": WIDTHS[model]}, "train": train}), SHAPE, CLASSES
         )
         for number, way in enumerate(WAYS):
-            if prefix == "recomputed":
+            if prefix == "recomputed" and way != "recompute3":  # nothing is frozen
                 found.append(row(model, batch, "fedavg", way, prefix, [costs.full], number, costs.full))
             found.append(row(model, batch, "smartfreeze", way, prefix, list(costs.stages), number, costs.full))
     order = {"fedavg": 0, "smartfreeze": 1}
@@ -157,9 +157,11 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.set_xlabel("FLOPs of a step")
             if panel == 0:
                 axes.set_ylabel("peak memory")
-                axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0.0, 0.9))
+            if panel == len(keys) - 1:
+                axes.legend(fontsize=7, loc="upper right", bbox_to_anchor=(0.9, 1.0))
         figure.suptitle(
-            "Beside the full model that stores its activations; left to right: whole, recompute, within, all"
+            "Beside the full model that stores all activations; circles from left to right: whole, recompute, recompute2 "
+            "and, behind frozen blocks, recompute3"
         )
         figure.savefig(path, dpi=110)
 
