@@ -160,8 +160,8 @@ def draw(rows: list[Row], path: Path) -> None:
             if panel == len(keys) - 1:
                 axes.legend(fontsize=7, loc="upper right", bbox_to_anchor=(0.9, 1.0))
         figure.suptitle(
-            "Beside the full model that stores all activations; circles from left to right: whole, recompute, recompute2 "
-            "and, behind frozen blocks, recompute3"
+            "Beside the full model that stores all activations; circles from left to right: whole, recompute, "
+            "recompute2 and, behind frozen blocks, recompute3"
         )
         figure.savefig(path, dpi=110)
 
