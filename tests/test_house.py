@@ -74,7 +74,7 @@ TESTED_IN = {
     "network/recording.py": ("network/test_following.py", "network/test_chain.py"),
     "network/state.py": ("network/test_following.py", "network/test_recompute.py"),
     "network/verify.py": ("network/test_following.py", "test_plugins.py"),
-    "plan/table.py": ("plan/test_cut.py", "plan/test_calibrate.py", "test_cli.py"),
+    "plan/table.py": ("plan/test_cut_table.py", "plan/test_calibrate.py", "test_cli.py"),
     "run/deploy.py": ("comm/test_ranks.py", "storage/test_torn_checkpoints.py", "methods/test_every_method.py"),
     "run/experiment.py": ("comm/test_ranks.py", "run/test_resume.py", "run/test_preempted_runs.py"),
     "run/history.py": ("comm/test_ranks.py", "run/test_resume.py", "device/test_emulator.py"),

@@ -22,7 +22,7 @@ def add_command(commands: Commands) -> None:
     command.add_argument(
         "--cut",
         action="store_true",
-        help="propose the fewest blocks with which --share of the devices join all stages",
+        help="propose the cheapest cut with which --share of the devices join all stages",
     )
     command.add_argument(
         "--share", type=_share, default=0.9, metavar="S", help="share of the devices, 0 to 1 (default 0.9), for --cut"
@@ -38,7 +38,8 @@ def add_command(commands: Commands) -> None:
 def _plan(config: Config, options: argparse.Namespace) -> int:
     if options.calibrate and options.cut:
         raise ConfigError("--calibrate and --cut are two questions; ask one at a time")
-    from fedfreeze.plan.table import plan, plan_calibrated, plan_cut
+    from fedfreeze.plan.cut_table import plan_cut
+    from fedfreeze.plan.table import plan, plan_calibrated
 
     set_handler(signal.SIGINT, signal.default_int_handler)
     if options.calibrate:

@@ -1,7 +1,6 @@
 """`fedfreeze plan`: what each stage needs and which devices can join, before anything is trained."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,16 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from fedfreeze.config.file import dump_config, is_name
 from fedfreeze.config.schema import Config
 from fedfreeze.data.partition import partition_of
 from fedfreeze.data.partition_summary import draw_partition, summarise
 from fedfreeze.data.store import Data, open_store, prepare
 from fedfreeze.device.cost import Costs, StageCost, WayCost, fit_method, measure_costs
 from fedfreeze.device.features import check_storable
-from fedfreeze.errors import ConfigError, storage_error
 from fedfreeze.fleet.devices import Fleet, make_fleet
 from fedfreeze.plan.calibrate import calibrate, machine_gflops, speed_rows, speed_table, spread
-from fedfreeze.plan.cut import Proposal, cut_as_it_is, propose, with_split
 from fedfreeze.run.reporter import LastingConsole
 from fedfreeze.server.clock import EmulatedClock
-from fedfreeze.storage.files import write_whole
 from fedfreeze.units import FLOAT_BYTES, MIB, duration
 
 
@@ -50,7 +45,7 @@ def plan(config: Config, *, as_json: bool, partition_picture: Path | None = None
         print(json.dumps({"batch_size": config.train.batch_size, "devices": len(fleet), "stages": rows}, indent=2))
         return
     console = LastingConsole()
-    console.print(stage_table(rows, _title(config, data, fleet)))
+    console.print(stage_table(rows, title_of(config, data, fleet)))
     least = min(costs.least_samples)
     few = int((parts.samples < least).sum())
     too_few = f"; {few} devices have fewer than {least}, too few to train" if few else ""
@@ -131,107 +126,8 @@ def plan_calibrated(config: Config, *, as_json: bool) -> None:
     )
 
 
-def plan_cut(config: Config, *, share: float, write: Path | None, as_json: bool) -> None:
-    """Propose the fewest blocks with which a share of the devices can join every stage; write that configuration.
-
-    Raises ConfigError if no cut does, after printing what the best one reaches.
-    """
-    data = open_store(prepare(config.data))
-    fleet = make_fleet(config.fleet, config.seed)
-    console = LastingConsole(stderr=as_json)
-    proposals: list[Proposal] = []
-    with console.status("measuring cuts"):
-        for proposal in propose(config, data.image_shape, data.num_classes, fleet, share):
-            proposals.append(proposal)
-            console.print(_line(proposal, fleet), soft_wrap=True, highlight=False)
-    chosen = proposals[-1]
-    reached = chosen.eligible / len(fleet)
-    usual = _usual(config, data, fleet)
-    if as_json:
-        print(json.dumps(_cut_as_json(proposals, usual, share, fleet), indent=2))
-    else:
-        _print_tables(console, proposals, usual, config, data, fleet)
-    if reached < share:
-        raise ConfigError(
-            f"--share: no cut lets {share:.0%} of the devices join every stage; the best has a peak of "
-            f"{chosen.peak_bytes / MIB:.2f} MiB and lets {reached:.0%} join (lower train.batch_size or model.width, or "
-            "try another method.output_module)"
-        )
-    if write is not None:
-        # a name of its own, or the run would want the folder of the usual cut
-        _write(write, replace(with_split(config, chosen.split), name=write.stem))
-        console.print(
-            f"wrote {write}; train with: fedfreeze run {write}", soft_wrap=True, highlight=False, markup=False
-        )
-    else:
-        split = json.dumps(list(chosen.split)).replace('"', "")
-        console.print(f"train with --model.split='{split}'", soft_wrap=True, highlight=False, markup=False)
-
-
-def _usual(config: Config, data: Data, fleet: Fleet) -> Proposal | None:
-    """Return the cut that the configuration has now; None for a network of the user's own without one."""
-    if config.model.factory is not None and config.model.split is None:
-        return None
-    return cut_as_it_is(config, data.image_shape, data.num_classes, fleet)
-
-
-def _line(proposal: Proposal, fleet: Fleet) -> str:
-    count = proposal.blocks
-    return (
-        f"{count} block{'s' * (count > 1)}: {proposal.peak_bytes / MIB:.2f} MiB, {proposal.eligible} of {len(fleet)} "
-        f"devices can join every stage; blocks begin at {', '.join(proposal.split)}"
-    )
-
-
-def _print_tables(
-    console: LastingConsole,
-    proposals: list[Proposal],
-    usual: Proposal | None,
-    config: Config,
-    data: Data,
-    fleet: Fleet,
-) -> None:
-    if usual is not None:
-        console.print()
-        console.print(stage_table(plan_rows(usual.costs, fleet), f"the cut as it is: {_title(config, data, fleet)}"))
-    for proposal in proposals:
-        count = proposal.blocks
-        title = f"{count} block{'s' * (count > 1)}, {proposal.eligible} of {len(fleet)} devices can join every stage"
-        console.print()
-        console.print(stage_table(plan_rows(proposal.costs, fleet), title))
-
-
-def _cut_as_json(proposals: list[Proposal], usual: Proposal | None, share: float, fleet: Fleet) -> dict[str, Any]:
-    def of(proposal: Proposal) -> dict[str, Any]:
-        return {
-            "split": list(proposal.split),
-            "blocks": proposal.blocks,
-            "peak_mib": proposal.peak_bytes / MIB,
-            "eligible": proposal.eligible,
-            "stages": plan_rows(proposal.costs, fleet),
-        }
-
-    return {
-        "devices": len(fleet),
-        "share": share,
-        "reached": proposals[-1].eligible >= share * len(fleet),
-        "usual": None if usual is None else of(usual),
-        "proposals": [of(proposal) for proposal in proposals],
-    }
-
-
-def _write(path: Path, config: Config) -> None:
-    if path.suffix not in (".yaml", ".yml") or not is_name(path.stem):
-        raise ConfigError(
-            f"--write: {path} must be letters, digits, '.', '_' and '-', and end in .yaml; the run is called after it"
-        )
-    try:
-        write_whole(path, dump_config(config))
-    except OSError as error:
-        raise storage_error("write", path, error) from None
-
-
-def _title(config: Config, data: Data, fleet: Fleet) -> str:
+def title_of(config: Config, data: Data, fleet: Fleet) -> str:
+    """Return what a table of stages is about: network, images, batch and fleet."""
     size = "x".join(str(length) for length in data.image_shape)
     return f"{config.model.label}, images {size}, batch {config.train.batch_size}, {len(fleet)} devices"
 

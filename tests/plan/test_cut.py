@@ -1,24 +1,18 @@
-"""`plan --cut`: the smallest peak for each number of blocks, and a run that takes in whom the usual cut leaves out."""
+"""`plan --cut`: what is proposed, and a run that takes in whom the usual cut leaves out."""
 
-import functools
-import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedfreeze.cli import main
 from fedfreeze.config.file import make_config
 from fedfreeze.config.schema import Config
-from fedfreeze.device.cost import Costs, fake_tensors, measure_costs
 from fedfreeze.errors import ConfigError
-from fedfreeze.fleet.devices import make_fleet
-from fedfreeze.network.blocks import build_outline
-from fedfreeze.plan import cut
-from fedfreeze.plan.cut import _Search, proposal_of, propose, with_split
+from fedfreeze.fleet.devices import Fleet, make_fleet
+from fedfreeze.plan.cut import cheapest, proposal_of, propose, wanted_devices
+from fedfreeze.plan.cut_search import Cut
 from tests.support.checks import assert_one_line
 from tests.support.in_process import TINY
 from tests.support.launching import command, metrics, run
@@ -45,58 +39,59 @@ def small(**sections: dict[str, object]) -> Config:
     return make_config(values | sections)
 
 
-@functools.cache
-def costs_of(split: tuple[str, ...], window: int = 1) -> Costs:
-    return measure_costs(with_split(small(method={"window": window}), split), SHAPE, CLASSES)
-
-
-@functools.cache
-def estimate_of(begin: int, end: int, measure: Callable[[_Search, int, int], int] = _Search._estimate) -> int:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_tensors(mode):
-        outline = build_outline(small().model, SHAPE, CLASSES, 0)
-    return measure(_Search(small(), outline, SHAPE, CLASSES, make_fleet(small().fleet, 0), mode), begin, end)
-
-
-@pytest.fixture
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each cut of the network of `small` is measured once, whichever test needs it: the fleet changes nothing in it."""
-    monkeypatch.setattr(
-        cut, "measure_costs", lambda config, *_: costs_of(tuple(config.model.split), config.method.window)
-    )
-    monkeypatch.setattr(_Search, "_estimate", lambda self, begin, end: estimate_of(begin, end))
-
-
-@pytest.mark.usefixtures("measured_once")
-@pytest.mark.parametrize("window", [1, 2, 3])
-def test_each_proposal_has_the_smallest_peak_of_all_cuts_into_as_many_blocks(window: int) -> None:
-    config = small(method={"window": window})
+def proposals(share: float, **sections: dict[str, object]) -> tuple[list[Cut], Cut]:
+    """Return what is yielded, and the proposal."""
+    config = small(**sections)
     fleet = make_fleet(config.fleet, 0)
-    found = {len(p.split): p for p in propose(config, SHAPE, CLASSES, fleet, 1.0)}
-    places = ("conv1", "layer1", "layer2", "layer3")
-    lowest = None
-    for blocks in range(window, len(places) + 1):
-        cuts = [("conv1", *rest) for rest in itertools.combinations(places[1:], blocks - 1)]
-        peak = min(proposal_of(config, split, SHAPE, CLASSES, fleet).peak_bytes for split in cuts)
-        if lowest is None or peak < lowest:
-            assert found[blocks].peak_bytes == peak
-            assert found[blocks].blocks == blocks == len(found[blocks].costs.stages) + window - 1
-            lowest = peak
-        else:
-            assert blocks not in found
+    found = list(propose(config, SHAPE, CLASSES, fleet, share))
+    return found, cheapest(found, wanted_devices(share, fleet))
 
 
-@pytest.mark.usefixtures("measured_once")
-def test_it_ends_at_the_fewest_blocks_that_do() -> None:
-    costs = [p.peak_bytes for p in propose(small(), SHAPE, CLASSES, make_fleet(small().fleet, 0), 1.0)]
-    assert len(costs) > 1
-    enough = costs[1] / 2**20 + 0.001  # two blocks do for this cap
-    config = small(fleet={"devices": 10, "memory_cap_mib": [enough, 0.001]})
-    fleet = make_fleet(config.fleet, 0)
-    half = list(propose(config, SHAPE, CLASSES, fleet, 0.5))
-    assert [len(p.split) for p in half] == [1, 2]
-    assert [p.eligible for p in half] == [0, 5]
-    assert len(list(propose(config, SHAPE, CLASSES, fleet, 0.51))) == len(costs)
+def test_the_cheapest_cut_of_each_number_of_blocks_that_the_share_can_join() -> None:
+    fleet: dict[str, object] = {"devices": 10, "memory_cap_mib": [0.4, 0.32, 0.001]}  # 4, 3 and 3 devices
+    found, chosen = proposals(0.7, fleet=fleet, train={"batch_size": 16, "participants": 2, "fit": "auto"})
+    assert [cut.blocks for cut in found] == sorted({cut.blocks for cut in found})
+    assert len(found) > 1
+    assert all(cut.eligible == 7 for cut in found)
+    assert chosen.step_flops == min(cut.step_flops for cut in found)
+    assert any(takers[1] for cut in found for takers in cut.takers), "nobody recomputes"
+    config = small(fleet=fleet, train={"batch_size": 16, "participants": 2, "fit": "auto"})
+    measured = proposal_of(config, chosen.split, SHAPE, CLASSES, make_fleet(config.fleet, 0))
+    assert measured.cut == chosen
+    # of a stage the mean over those whose cap holds it, each by its way; of the stages the mean
+    caps = [cap for cap in make_fleet(config.fleet, 0).memory_cap_bytes if cap is not None]
+    means = []
+    for cost in measured.costs.stages:
+        flops = [cost.ways[cost.way_for(cap)].step_flops for cap in caps if cap >= cost.least_bytes]
+        means.append(sum(flops) / len(flops))
+    assert chosen.step_flops == pytest.approx(sum(means) / len(means), rel=1e-12)
+
+
+def test_where_the_share_cannot_join_each_has_a_smaller_peak_than_the_one_before() -> None:
+    found, chosen = proposals(1.0)
+    peaks = [cut.peak_bytes for cut in found]
+    assert len(peaks) > 1
+    assert peaks == sorted(set(peaks), reverse=True)
+    assert chosen is found[-1]
+    assert chosen.eligible == 0
+
+
+def test_without_caps_every_device_takes_the_first_way_of_the_cheapest_cut() -> None:
+    train = {"batch_size": 16, "participants": 2, "fit": "auto"}
+    fleet: dict[str, object] = {"devices": 10, "memory_cap_mib": [0.001], "enforce": False}
+    found, chosen = proposals(1.0, fleet=fleet, train=train)
+    assert found[0].blocks == 1
+    assert chosen.step_flops == min(cut.step_flops for cut in found)
+    assert all(takers == (10, 0, 0, 0) for cut in found for takers in cut.takers)
+    _, whole = proposals(1.0, fleet=fleet)
+    assert (whole.split, whole.step_flops) == (chosen.split, chosen.step_flops)
+
+
+@pytest.mark.parametrize(
+    ("share", "devices", "wanted"), [(0.55, 20, 11), (0.7, 10, 7), (0.71, 10, 8), (0.001, 10, 1), (1.0, 3, 3)]
+)
+def test_a_share_is_so_many_devices_at_least(share: float, devices: int, wanted: int) -> None:
+    assert wanted_devices(share, Fleet((1,) * devices)) == wanted
 
 
 def test_a_method_without_blocks_is_refused() -> None:
@@ -132,7 +127,7 @@ def test_a_quarter_that_cannot_hold_stage_1_can_join_with_the_proposed_cut(propo
     told = json.loads((proposed / "cut.json").read_text())
     assert told["usual"]["stages"][0]["eligible"] == 6
     assert told["usual"]["peak_mib"] > CAP_MIB
-    chosen = told["proposals"][-1]
+    chosen = told["proposal"]
     assert chosen["eligible"] == 8
     assert chosen["peak_mib"] <= CAP_MIB
     assert chosen["split"] == yaml.safe_load((proposed / "cut.yaml").read_text())["model"]["split"]
