@@ -2,8 +2,9 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedfreeze.compare.read import Run
@@ -58,6 +59,8 @@ class Row:
 
     setting: Setting
     figures: dict[str, Figure]
+    ways: dict[str, Figure] = field(default_factory=dict)
+    """By way to take a step (`train.fit`) the share of device-rounds that went it; every row has the same ways."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,12 @@ def make_comparison(runs: Sequence[Run], target_accuracy: float | None = None) -
     of_runs = [[run_figures(run) for run in setting.runs] for setting in settings]
     figures = [_over_seeds(each, RUN_FIGURES) for each in of_runs]
     target = Target(target_accuracy, True) if target_accuracy is not None else _default_target(settings, figures)
+    ways = _ways_of(runs)
     rows = []
     for setting, found in zip(settings, figures, strict=True):
         to_target = [figures_to_target(run, target.accuracy) for run in setting.runs]
-        rows.append(Row(setting, found | _over_seeds(to_target, TARGET_FIGURES)))
+        shares = _over_seeds([way_shares(run, ways) for run in setting.runs], ways)
+        rows.append(Row(setting, found | _over_seeds(to_target, TARGET_FIGURES), shares))
     return Comparison(tuple(rows), target, tuple(setting_notices(settings)))
 
 
@@ -133,6 +138,29 @@ def run_figures(run: Run) -> dict[str, float | None]:
         "participation": len(trained) / len(run.devices),
         "inclusion": run.summary.inclusion,
     }
+
+
+def way_shares(run: Run, ways: Sequence[str]) -> dict[str, float | None]:
+    """Return for each way the share, from 0 to 1, of device-rounds that went it; None: the run did not note them.
+
+    A device-round is a device that completed a round. Of a run that an older version began, it is of the later rounds.
+    """
+    counts = _way_counts([run])
+    known = sum(counts.values())
+    return {way: counts[way] / known if known else None for way in ways}
+
+
+def _ways_of(runs: Sequence[Run]) -> list[str]:
+    """Return the ways that occur, the most frequent first."""
+    return [way for way, _ in sorted(_way_counts(runs).items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _way_counts(runs: Sequence[Run]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for run in runs:
+        for record in run.rounds:
+            counts.update(record.ways or {})
+    return counts
 
 
 def _total(amounts: Sequence[float | None]) -> float | None:
@@ -215,8 +243,10 @@ def _row_as_plain(row: Row) -> dict[str, Any]:
             for run in setting.runs
         ],
         "reached_target": len(row.figures["rounds_to_target"].known),
-        "figures": {
-            name: {"mean": figure.mean, "spread": figure.spread, "n": len(figure.known), "values": list(figure.values)}
-            for name, figure in row.figures.items()
-        },
+        "figures": {name: _figure_as_plain(figure) for name, figure in row.figures.items()},
+        "way_shares": {way: _figure_as_plain(figure) for way, figure in row.ways.items()},
     }
+
+
+def _figure_as_plain(figure: Figure) -> dict[str, Any]:
+    return {"mean": figure.mean, "spread": figure.spread, "n": len(figure.known), "values": list(figure.values)}

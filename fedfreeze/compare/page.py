@@ -84,7 +84,7 @@ def report_page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
         *_figures(comparison),
         *_differences(comparison),
         *(_picture(picture) for picture in pictures),
-        _definitions(),
+        _definitions(comparison),
         *_sources(comparison),
         "</main>",
         f"<footer><p>Made by fedfreeze {escape(fedfreeze.__version__)} from the metrics.jsonl of each run. The same "
@@ -207,7 +207,7 @@ def _picture(picture: Picture) -> str:
     )
 
 
-def _definitions() -> str:
+def _definitions(comparison: Comparison) -> str:
     share = f"{DEFAULT_TARGET_SHARE:.0%}".replace("%", " %")
     terms = [
         ("n", "Runs of the setting, each with a seed of its own."),
@@ -238,5 +238,13 @@ def _definitions() -> str:
             "Share of the devices that completed a round at least once, and of those whose cap holds some stage.",
         ),
     ]
+    if len(comparison.rows[0].ways) > 1:
+        terms.append(
+            (
+                "ways to take a step",
+                "Of all rounds of all devices that completed one, the share in which the device took its steps that "
+                "way; a dash: the run did not note it.",
+            )
+        )
     items = "\n".join(f"<dt>{escape(term)}</dt>\n<dd>{escape(text)}</dd>" for term, text in terms)
     return f"<h2>What the figures mean</h2>\n<dl>\n{items}\n</dl>"

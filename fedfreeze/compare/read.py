@@ -4,6 +4,8 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -40,6 +42,7 @@ class _RoundLine:
     bytes_down: Count
     emulated_s: Amount | None = None
     flops: Amount | None = None
+    way: dict[Device, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class RoundRecord:
     """None: of a revision without an emulated clock."""
     flops: float | None
     """None: of a revision that did not count them."""
+    ways: dict[str, int] | None = None
+    """By way (`train.fit`) how many of the devices that completed went it; None: of a revision that did not note it."""
 
 
 @checked(frozen=True, kw_only=True, config=_STRICT)
@@ -256,8 +261,13 @@ class _Metrics:
                 found.bytes_down,
                 found.emulated_s,
                 found.flops,
+                None if found.way is None else _ways(found.way, found.peak_memory_mib),
             )
         )
+
+
+def _ways(way: dict[int, str], completed: Iterable[int]) -> dict[str, int]:
+    return dict(Counter(way[device] for device in completed if device in way))
 
 
 def _read_metrics(path: Path, summary: Summary) -> _Metrics:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedfreeze.compare.figures_of import Comparison, Figure, Row, as_plain
 
+WAYS_CAPTION = "ways to take a step (train.fit): share of device-rounds"
 _NARROWEST, _WIDEST = 60, 120  # columns of a terminal that tables are laid out for
 _LABEL_WIDTH = 20  # terminal columns, at least, that a setting's label has beside its figures
 
@@ -27,10 +28,16 @@ class Column:
     divisor: float
     """A figure divided by this is in the unit of the heading."""
     decimals: int
+    is_way: bool = False
+    """Whether the figure is the share of a way."""
+
+    def of(self, row: Row) -> Figure:
+        """Return the figure of a setting."""
+        return (row.ways if self.is_way else row.figures)[self.figure]
 
     def cell(self, row: Row) -> str:
         """Return mean and spread, and how many seeds have this figure where it is not all."""
-        figure = row.figures[self.figure]
+        figure = self.of(row)
         known, seeds = len(figure.known), len(figure.values)
         some = f" ({known}/{seeds})" if known < seeds and seeds > 1 else ""
         if figure.mean is None:
@@ -72,6 +79,11 @@ def column_groups(comparison: Comparison) -> list[Group]:
     unit_f, flop_unit = _unit(operations, [(1e15, "PFLOP"), (1e12, "TFLOP")], 1e15)
     # runs of an older revision have none
     computing = (column("flops", f"computing ({flop_unit})", unit_f),) if any(each.known for each in operations) else ()
+    # which ways there are follows from the runs; where all went the same, it is nothing to compare
+    ways = tuple(
+        Column(way, f"{way} %", 0.01, 0 if all(len(row.setting.runs) == 1 for row in rows) else 1, is_way=True)
+        for way in rows[0].ways
+    )
     target = comparison.target.accuracy
     to = "to target" if target is None else f"to {target:.4g}"
     return [
@@ -104,6 +116,7 @@ def column_groups(comparison: Comparison) -> list[Group]:
                 share("memory_cut_peak", "cut of peak %"),
             ),
         ),
+        *([Group(WAYS_CAPTION, ways)] if len(ways) > 1 else []),
     ]
 
 

@@ -21,6 +21,7 @@ def write_run(
     emulated_s: Sequence[float | None] | None = None,
     peaks_mib: Sequence[Mapping[int, float]] | None = None,
     perturbations: Sequence[float | None] | None = None,
+    ways: Sequence[Mapping[int, str] | None] | None = None,
     stages: Sequence[tuple[int, str]] = (),
     caps_mib: Sequence[float | None] = CAPS_MIB,
     status: str = "finished",
@@ -65,6 +66,9 @@ def write_run(
                 "wall_s": 1.0,
             }
         )
+        taken = ways[number - 1] if ways else None  # earlier versions did not note them
+        if taken is not None:
+            lines[-1]["way"] = {str(device): way for device, way in taken.items()}
         if number in ends:
             stage, rounds, reason = ends[number]
             lines.append(
