@@ -1,7 +1,7 @@
 """Block-wise training beside recomputation, both together, and batches in passes: memory, FLOPs, traffic, who joins.
 
     python benchmarks/ways.py [--models resnet18 vit ...] [--batch 32 128] [--markdown FILE] [--json FILE]
-        [--picture FILE.png]
+        [--picture FILE.png] [--read FILE]
 
 Predicted by the cost model, as `fedfreeze plan` does, for 32x32 images of ten classes; benchmarks/memory.py holds it
 against real tensors. Each row is one method and one way of `train.fit` for all devices: the peak of the largest stage
@@ -57,8 +57,10 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--read", type=Path, help="take the rows from such a JSON file instead of predicting them")
     options = parser.parse_args()
-    rows = [row for model in options.models for batch in options.batch for row in rows_of(model, batch)]
+    rows = [Row(**each) for each in json.loads(options.read.read_text())["rows"]] if options.read else []
+    rows = rows or [row for model in options.models for batch in options.batch for row in rows_of(model, batch)]
     command = "python benchmarks/ways.py " + " ".join(sys.argv[1:])
     text = f"`{command.strip()}`\n\n" + "\n\n".join(
         table([row for row in rows if (row.model, row.batch) == key])
@@ -157,8 +159,9 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.set_xlabel("FLOPs of a step")
             if panel == 0:
                 axes.set_ylabel("peak memory")
-            if panel == len(keys) - 1:
-                axes.legend(fontsize=7, loc="upper right", bbox_to_anchor=(0.9, 1.0))
+            if panel == 0:
+                handles, labels = axes.get_legend_handles_labels()
+                figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(
             "Beside the full model that stores all activations; circles from left to right: whole, recompute, "
             "recompute2 and, behind frozen blocks, recompute3"
