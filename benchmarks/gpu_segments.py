@@ -1,7 +1,9 @@
 """What this GPU's allocator reserves for each stage, beside what is predicted without one; used by gpu_checks.py."""
 
 import gc
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from gpu_runs import Setting
@@ -18,6 +20,8 @@ from fedfreeze.device.trial import StageTrial, black_images, model_on
 from fedfreeze.methods import make_method
 from fedfreeze.network.blocks import build_network
 from fedfreeze.units import MIB
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where a check starts another
 from tests.support.allocator_traces import Trace
 
 SHAPE, CLASSES = (3, 32, 32), 10
